@@ -1,0 +1,54 @@
+# The project's own environment is in .venv; another place or another Python: make test VENV=folder PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+SLICE ?= 5
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv table2 test figures readme clean
+
+help:
+	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
+	@echo "make test     set everything up and run every notebook and every test"
+	@echo "make venv     set everything up in $(VENV), about 6 GB"
+	@echo "make figures  run what the README shows, and write its tables and pictures anew"
+	@echo "make readme   write README.md from nbs/index.ipynb"
+	@echo "make clean    remove $(VENV) and what can be made again; results/ stays"
+
+# Done once, and again when the requirements or the packaging change.
+$(STAMP): settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "sdmad_nb needs Python 3.10 or later, and\
+	 '$(PYTHON)' is not: name another, as in make table2 PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --use-pep517 -e '.[dev]'
+	@touch $@
+
+venv: $(STAMP)
+
+table2: $(STAMP)
+	$(BIN)/papermill nbs/run_table2.ipynb -p slice $(SLICE)
+
+# Exports in sync, nbdev_test on each library notebook, papermill -p smoke True on each experiment: tests/test_notebooks.py
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+# The tables and pictures of the README: made from the records of these runs, and copied, never typed
+figures: $(STAMP)
+	for slice in 0 5 10; do $(BIN)/papermill nbs/run_table2.ipynb -p slice $$slice || exit 1; done
+	$(BIN)/papermill nbs/run_parts.ipynb
+	mkdir -p nbs/figures
+	cp results/table2/table.md nbs/figures/table2.md
+	cp results/table2/demo-slice5.png nbs/figures/table2.png
+	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
+	cp results/parts/table.md nbs/figures/parts.md
+	cp results/parts/words.md nbs/figures/parts-words.md
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb
+	$(BIN)/python tests/readme.py
+
+readme: $(STAMP)
+	$(BIN)/python tests/readme.py
+
+clean:
+	rm -rf cache build dist _docs _proc *.egg-info .pytest_cache
+	find nbs sdmad_nb tests -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	test ! -e $(STAMP) || rm -rf $(VENV)
