@@ -1,0 +1,31 @@
+"What the tests share: where things are, and a count of the notebooks that ran."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent  # `papermill`, `nbdev_test`, ... of the environment that runs pytest
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
+                   if not any(part[0] in "_." for part in path.relative_to(ROOT / "nbs").parts))  # what nbdev sees
+EXPERIMENTS = [path for path in NOTEBOOKS if '"parameters"' in path.read_text(encoding="utf-8")]  # run by papermill
+LIBRARY = [path for path in NOTEBOOKS if path not in EXPERIMENTS]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads weights; a missing file should fail at once
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def run(*command, **kwargs):  # a finished process with text in stdout and stderr; keywords as subprocess.run has them
+    "Run a command without a terminal and return what it said."
+    kwargs = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **kwargs}
+    return subprocess.run([str(word) for word in command], **kwargs)
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say how many notebooks and how many other tests passed."
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    library = sum("::test_library_notebook[" in name for name in passed)
+    experiments = sum("::test_experiment_notebook[" in name for name in passed)
+    terminalreporter.write_line(
+        f"passed: {library} of {len(LIBRARY)} library notebooks (nbdev_test), {experiments} of {len(EXPERIMENTS)} experiment "
+        f"notebooks (papermill, smoke), {len(passed) - library - experiments} other tests")
