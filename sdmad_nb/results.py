@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_KEYS', 'results_folder', 'record_path', 'plain', 'write_record', 'read_record', 'versions', 'peak_memory_mb',
-           'code_fingerprint', 'run_once', 'tidy', 'summarise', 'mean_std_table', 'write_tables', 'paper_table']
+           'code_fingerprint', 'run_once', 'tidy', 'summarise', 'mean_std_table', 'write_tables', 'merge_long',
+           'paper_table']
 
 # %% ../nbs/12_results.ipynb #c6b9c834
 import hashlib
@@ -233,6 +234,21 @@ def write_tables(
             write_atomically(Path(folder) / "table.md", lambda path: path.write_text(text, encoding="utf-8"))]
 
 # %% ../nbs/12_results.ipynb #b4c5856e
+def merge_long(
+    path,  # table.csv of earlier runs; need not be there
+    long: pd.DataFrame,  # from `tidy`, with columns `dataset` and `setting`
+) -> pd.DataFrame:  # earlier data sets of the same setting first, in alphabetical order of the data set
+    "Add a run to the table that earlier runs with the same settings have left."
+    try: earlier = pd.read_csv(path, dtype={"dataset": str, "setting": str})
+    except FileNotFoundError: return long
+    except (ValueError, UnicodeDecodeError) as error:
+        print(f"starting a new table: {Path(path).name} is damaged ({error})")
+        return long
+    if not {"dataset", "setting"} <= set(earlier.columns): return long
+    kept = earlier[~earlier.dataset.isin(long.dataset) & earlier.setting.isin(long.setting)]
+    return pd.concat([kept, long], ignore_index=True).sort_values("dataset", kind="stable", ignore_index=True) if len(kept) else long
+
+# %% ../nbs/12_results.ipynb #a6346426
 def paper_table(
     name: str,  # "table1", "table2" or "table3"
 ) -> pd.DataFrame:  # as printed, in percent; ValueError where there is no such table
