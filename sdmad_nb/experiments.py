@@ -13,9 +13,9 @@ from tqdm import tqdm
 from .baselines import Study, open_study, run_method
 from .backbone import load_backbone
 from .config import Config, cache_folder, resolve_device
-from .data import DataError, DataSet, read_dataset
+from .data import DataError, draw_split, read_dataset
 from .phantom import SLICES, make_demo
-from .signs import SignError, SignSet, preset_names, preset_path, read_signs
+from .signs import SignError, preset_names, preset_path, read_signs
 
 # %% ../nbs/15_experiments.ipynb #d5434746
 def signs_file(
@@ -65,6 +65,7 @@ def prepare_study(
     "Check everything, then compute what all methods share."
     where = resolve_device(device)
     dataset, sign_set = open_data(data, slice, signs, small)
+    draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)  # are there enough images?
     backbone = load_backbone(config.backbone, config.pretrained, config.image_size, where)
     return open_study(dataset, sign_set, backbone, config, cache_folder("tokens"))
 

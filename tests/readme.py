@@ -1,0 +1,32 @@
+"Make README.md from nbs/index.ipynb: `make readme`."
+import re
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(\]\(|src=\")(?![a-z]+:|#|/)([^)\"]+)")  # relative targets of links and pictures
+
+
+def from_root(match):
+    "Write a link that is relative to nbs/ relative to the project's root."
+    start, target = match.groups()
+    return start + (target[len("../"):] if target.startswith("../") else f"nbs/{target}")
+
+
+def readme():  # ValueError for an output that is a picture
+    "Return README.md's text: the notebook as markdown, without its `#| hide` cells."
+    book = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    book.cells = [cell for cell in book.cells if not cell.source.startswith("#| hide")]
+    for cell in book.cells:
+        if cell.cell_type == "markdown": cell.source = LINK.sub(from_root, cell.source)
+    text, resources = MarkdownExporter().from_notebook_node(book)
+    if resources["outputs"]:
+        raise ValueError("a picture that a cell draws cannot be shown in README.md: save it to a file and link to that")
+    text = re.sub(r"^#\| .*\n", "", text, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")

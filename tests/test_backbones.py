@@ -1,0 +1,311 @@
+"""The real CLIP architectures go through the same code as the demo's, and what does not fit is refused.
+
+No weights are downloaded: a checkpoint file with made-up weights in half precision stands in for the published one.
+"""
+import json
+import math
+import time
+import zipfile
+
+import huggingface_hub
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from sdmad_nb.adapters import make_adapters
+from sdmad_nb.backbone import (encode_prompts, fingerprint, freeze, frozen_tokens, image_features, load_backbone,
+                               resize_input, run_blocks, text_features)
+from sdmad_nb.config import Config, resolve_layers, torch_generator
+from sdmad_nb.signs import SignSet, normal_prompts, sign_prompts
+from sdmad_nb.training import embed, fit, judge, load, save
+
+BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+LABELS = torch.eye(2)
+SIGNS = SignSet("brain", ("a normal {object}", "a healthy {object}"),
+                {"Lesion": ("a bright spot", "a dark spot"), "Dural thickening": ("a thick dura",)},
+                ("a scan of the {object} with {sign}", "{sign}"))
+
+
+def made_up(state):  # tensors without content -> tensors in half precision, whole numbers as they are counted
+    "Fill a state from one pool of numbers: drawing 400 million takes longer than the test."
+    pool = (0.03 * torch.randn(2**20 + 7, generator=torch_generator(0, "weights"))).half()
+    pool = pool.repeat(1 + max(value.numel() for value in state.values()) // 2**20)
+
+    def fill(key, value, place):
+        if not value.is_floating_point(): return torch.arange(value.numel()).reshape(value.shape)
+        if value.ndim == 0: return torch.tensor(math.log(100)).half()
+        norm_or_bias = value.ndim == 1 and not key.endswith("class_embedding")
+        if norm_or_bias: return torch.full(value.shape, float(key.endswith("weight"))).half()
+        return pool[place:place + value.numel()].clone().view(value.shape)
+
+    return {key: fill(key, value, place) for place, (key, value) in enumerate(state.items())}
+
+
+def write_checkpoint(name, path):  # the state that was written
+    "Write a checkpoint for an open_clip name, as safetensors or in torch's own format."
+    with torch.device("meta"): model = open_clip.create_model(name, device="meta", pretrained_text=False)
+    state = made_up(model.state_dict())
+    (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    return state
+
+
+def write_images(folder):  # two files
+    "Write small pictures that are not square."
+    files = [folder / f"{number}.png" for number in range(2)]
+    for number, file in enumerate(files):
+        pixels = np.random.default_rng(number).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    return files
+
+
+def check_caches(backbone, files, store, bank, first):
+    "Compare what was kept on disk with open_clip's own encoders."
+    still = make_adapters(backbone, Config(lam=1.0))
+    with torch.no_grad():
+        pixels = torch.stack([backbone.preprocess(Image.open(file)) for file in files])
+        clip = F.normalize(backbone.model.encode_image(pixels), dim=-1)
+        torch.testing.assert_close(image_features(backbone, store[[0, 1]], first, still.image), clip, rtol=0, atol=0)
+        groups = [backbone.tokenizer(list(group)) for group in (*sign_prompts(SIGNS), normal_prompts(SIGNS))]
+        means = F.normalize(torch.stack([F.normalize(backbone.model.encode_text(ids), dim=-1).mean(0)
+                                         for ids in groups]), dim=-1)
+        sign_features, anchor = text_features(backbone, bank, still.text)
+    # not to the last bit: here each sign is a batch of its own, and its mean is summed in another order
+    torch.testing.assert_close(torch.cat([sign_features, anchor[None]]), means, rtol=1e-4, atol=1e-5)
+
+
+def check_whole_method(backbone, layers, folder):
+    "Fill the caches, take one training step, judge; check what each may and may not do."
+    assert resolve_layers("quarters", backbone.depth) == layers
+    files = write_images(folder)
+    store = frozen_tokens(backbone, files, layers[0], folder / "cache")
+    bank = encode_prompts(backbone, SIGNS, folder / "cache")
+    check_caches(backbone, files, store, bank, layers[0])
+    fitted = fit(backbone, store[[0, 1]], LABELS, SIGNS, bank, Config(epochs=1))
+    assert tuple(fitted.adapters.image) == layers and math.isfinite(fitted.history[0])
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in fitted.adapters.parameters())
+    assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
+    assert fingerprint(backbone.model, backbone.image_size) == backbone.fingerprint, "a weight of CLIP has changed"
+    outputs = judge(fitted, embed(fitted, store, [1]))
+    assert outputs.scores.shape == (1, 2) and outputs.scores.isfinite().all()
+    return fitted
+
+
+ARCHITECTURES = {  # name: image size, depth, widths of image and text blocks, joint width, patches to a side, layers
+    "ViT-B-16-quickgelu": (224, 12, 768, 512, 512, 14, (3, 6, 9, 12)),
+    "ViT-L-14-quickgelu": (240, 24, 1024, 768, 768, 17, (6, 12, 18, 24)),
+    "ViT-L-14-336-quickgelu": (240, 24, 1024, 768, 768, 17, (6, 12, 18, 24)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_openai_architecture(name, tmp_path):
+    "A checkpoint of a real architecture is loaded, resized, cached, trained on and judged with."
+    size, depth, width, text_width, joint, side, layers = ARCHITECTURES[name]
+    path = tmp_path / ("weights.pt" if depth == 12 else "weights.safetensors")
+    state = write_checkpoint(name, path)
+    backbone = load_backbone(name, str(path), size)
+    path.unlink()
+    visual, stored = backbone.model.visual, state["visual.positional_embedding"].float()
+    assert (backbone.image_size, backbone.depth, backbone.image.grid) == (size, depth, (side, side))
+    assert (backbone.image.width, backbone.text.width, visual.proj.shape[1]) == (width, text_width, joint)
+    assert type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    torch.testing.assert_close(visual.proj.data, state["visual.proj"].float(), rtol=0, atol=0)
+    old = math.isqrt(len(stored) - 1)
+    grid = F.interpolate(stored[1:].T.reshape(1, width, old, old), (side, side), mode="bicubic", antialias=True)
+    positions = stored if old == side else torch.cat([stored[:1], grid.reshape(width, -1).T])
+    torch.testing.assert_close(visual.positional_embedding.data, positions)
+    del state
+    images = torch.rand(1, 3, size, size, generator=torch_generator(0, "images"))
+    dropped = size - side * visual.patch_size[0]  # pixels at the right and lower edge that fill no patch
+    assert dropped == size % visual.patch_size[0] == (2 if size == 240 else 0)
+    cut = images.clone()
+    cut[..., size - dropped:, :], cut[..., size - dropped:] = 0, 0
+    torch.testing.assert_close(backbone.image.stem(cut), backbone.image.stem(images), rtol=0, atol=0)
+    check_whole_method(backbone, layers, tmp_path)
+
+
+def write_biomedclip(folder):
+    "Write a folder as BiomedCLIP's: its configuration, made-up weights, and a vocabulary of a few words."
+    bert = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 768, "num_hidden_layers": 12,
+            "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30522, "max_position_embeddings": 512,
+            "hidden_act": "gelu", "pad_token_id": 0, "type_vocab_size": 2, "layer_norm_eps": 1e-12}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "brain", "scan", "of", "the", "with", "bright", "dark",
+             "spot", "thick", "dura", "normal", "##s"]
+    names = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "context_length": 256,
+             "hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler"}
+    vision = {"timm_model_name": "vit_base_patch16_224", "timm_model_pretrained": False, "timm_pool": "",
+              "timm_proj": "linear", "image_size": 224}
+    config = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision, "text_cfg": names},
+              "preprocess_cfg": {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(bert))
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def test_biomedclip_architecture(tmp_path):
+    "timm's ViT-B/16 and a BERT, from a folder; a folder without weights is refused, not filled with random ones."
+    folder = tmp_path / "biomedclip"
+    write_biomedclip(folder)
+    with pytest.raises(ValueError, match="local-dir:.* cannot be loaded .*weights.*could not be loaded"):
+        load_backbone(f"local-dir:{folder}")
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["hf_model_pretrained"] = False
+    with torch.device("meta"): model = open_clip.model.CustomTextCLIP(**config)
+    save_file(made_up(model.state_dict()), folder / "open_clip_model.safetensors")
+    backbone = load_backbone(f"local-dir:{folder}")
+    assert (backbone.image_size, backbone.depth, backbone.image.grid) == (224, 12, (14, 14))
+    assert (backbone.image.width, backbone.text.width) == (768, 768)
+    assert type(backbone.image).__name__ == "TimmImageTower" and type(backbone.text).__name__ == "HuggingFaceTextTower"
+    assert backbone.preprocess.transforms[-1].mean == [0.48, 0.46, 0.41], "its own normalisation"
+    assert backbone.tokenizer(["a brain"]).shape == (1, 256)
+    check_whole_method(backbone, (3, 6, 9, 12), tmp_path)
+    resize_input(backbone.model, 240)
+    larger = freeze(backbone.name, backbone.model, backbone.tokenizer)
+    assert larger.image.grid == (15, 15) and larger.fingerprint != backbone.fingerprint
+    with torch.no_grad():
+        images = torch.rand(1, 3, 240, 240, generator=torch_generator(0, "images"))
+        tokens = run_blocks(larger, larger.image.stem(images), 0, 12)
+        torch.testing.assert_close(larger.image.head(tokens), larger.model.encode_image(images), rtol=0, atol=0)
+
+
+TINY = dict(embed_dim=24, vision_cfg=dict(image_size=64, layers=6, width=96, head_width=32, patch_size=8),
+            text_cfg=dict(context_length=77, vocab_size=49408, width=48, heads=3, layers=3))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "Teach open_clip three names, tiny, tiny-quickgelu and tiny-wide; return a folder with a checkpoint of each."
+    folder = tmp_path_factory.mktemp("tiny")
+    wide = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "width": 128}}
+    for name, config in (("tiny", TINY), ("tiny-quickgelu", {**TINY, "quick_gelu": True}), ("tiny-wide", wide)):
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+        write_checkpoint(name, folder / f"{name}.pt")
+        write_checkpoint(name, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("image_size", [0, 75])
+def test_another_width_depth_and_patch_size(image_size, tiny, tmp_path):
+    "Nothing of the demo's shape is assumed, from the pixels to a saved detector."
+    backbone = load_backbone("tiny-quickgelu", tiny / "tiny-quickgelu.safetensors", image_size)
+    side = (image_size or 64) // 8
+    assert (backbone.depth, backbone.image.width, backbone.image.grid) == (6, 96, (side, side))
+    fitted = check_whole_method(backbone, (2, 3, 4, 6), tmp_path)
+    assert fitted.adapters.image[2].down.weight.shape == (72, 96) and fitted.adapters.text.up.weight.shape == (48, 36)
+    store = frozen_tokens(backbone, write_images(tmp_path), 2, tmp_path / "cache")
+    trained = fit(backbone, store[[0, 1]], LABELS, SIGNS, encode_prompts(backbone, SIGNS), Config(epochs=20))
+    assert trained.history[-1] < trained.history[0]
+    again = load(save(trained, tmp_path / "detector.safetensors"), backbone)
+    ours, theirs = judge(trained, embed(trained, store)), judge(again, embed(again, store))
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=0)
+    assert torch.equal(ours.predictions, theirs.predictions)
+
+
+class Tree(torch.nn.Module):
+    "A module whose tensors have the given names, as OpenAI's archives have."
+    def __init__(self, state):
+        super().__init__()
+        groups = {}
+        for key, value in state.items():
+            name, _, rest = key.partition(".")
+            if rest: groups.setdefault(name, {})[rest] = value
+            else: self.register_buffer(name, value)
+        for name, group in groups.items(): self.add_module(name, Tree(group))
+
+    def forward(self, x): return x
+
+
+@pytest.fixture(scope="module")
+def archive(tiny):  # and its state
+    "Write a TorchScript archive with the tensors of tiny-quickgelu beside OpenAI's three sizes."
+    state = torch.load(tiny / "tiny-quickgelu.pt")
+    sizes = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    path = tiny / "archive.pt"
+    torch.jit.save(torch.jit.script(Tree({**state, **sizes})), path)
+    assert any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+    return path, state
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_openai_archive(tiny, archive):
+    "OpenAI's own files need QuickGELU, and load with it."
+    path, state = archive
+    with pytest.raises(ValueError, match="'tiny' lacks QuickGELU.*use backbone 'tiny-quickgelu'"):
+        load_backbone("tiny", path)
+    backbone = load_backbone("tiny-quickgelu", path, image_size=72)
+    torch.testing.assert_close(backbone.model.visual.proj, state["visual.proj"].float(), rtol=0, atol=0)
+    assert backbone.image.grid == (9, 9)
+    refused(("tiny-wide", path), "tiny-wide", "archive.pt")
+
+
+def test_quickgelu_of_published_weights():
+    "A tag is accepted with its activation; with the other one the message names a model that is right for it."
+    for name, tag, right in (("ViT-L-14", "openai", "ViT-L-14-quickgelu"), ("ViT-B-16", "openai", "ViT-B-16-quickgelu"),
+                             ("ViT-L-14-336", "openai", "ViT-L-14-336-quickgelu"),
+                             ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "ViT-B-32")):
+        message = refused((name, tag), f"{name!r} ", "QuickGELU", f"use backbone {right!r}")
+        assert open_clip.get_pretrained_cfg(right, tag) and "\n" not in message
+
+
+def refused(arguments, *says, kind=ValueError):  # the message
+    "Check that a backbone is refused at once, in one sentence that says what it should."
+    started = time.perf_counter()
+    with pytest.raises(kind) as caught: load_backbone(*arguments)
+    message = str(caught.value)
+    assert all(text in message for text in says), message
+    assert "\n" not in message and not message.endswith(".") and ". " not in message, f"one sentence: {message}"
+    assert time.perf_counter() - started < 15, "at once"
+    return message
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_checkpoint_that_does_not_fit(suffix, tiny, tmp_path):
+    "Another architecture's checkpoint, a truncated one and a text: the message names file and backbone."
+    other, whole = tiny / f"tiny-wide.{suffix}", (tiny / f"tiny.{suffix}").read_bytes()
+    assert "size mismatch for" in refused(("tiny", other), other.name, "'tiny'", "choose the backbone it was made for")
+    for name, content in (("cut", whole[:len(whole) // 2]), ("stub", whole[:100]), ("text", b"not a checkpoint\n" * 9),
+                          ("empty", b"")):
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(content)
+        refused(("tiny", path), str(path), "'tiny'", "damaged")
+
+
+def test_what_is_in_no_checkpoint(tiny, tmp_path):
+    "A dictionary without weights, and a file of the right form for a backbone that open_clip does not know."
+    torch.save({"epoch": 3}, tmp_path / "epoch.pt")
+    refused(("tiny", tmp_path / "epoch.pt"), "epoch.pt", "'tiny'")
+    refused(("tinny", tiny / "tiny.pt"), "'tinny' is unknown", "ViT-L-14-quickgelu")
+
+
+def test_names_and_tags_that_do_not_exist():
+    refused(("ViT-B-16", "opemai"), "'opemai' is neither a file nor a tag of 'ViT-B-16'", "openai")
+    refused(("ViT-B-16", "weights/mine.pt"), "'weights/mine.pt' is neither a file nor a tag")
+    refused(("ViT-B-16",), "needs weights", "openai")
+    refused((BIOMEDCLIP, "openai"), "brings its own weights")
+    refused(("local-dir:nowhere",), "'local-dir:nowhere'", "open_clip_config.json")
+
+
+def test_without_a_connection(monkeypatch):
+    "A hub id or a tag ends in a sentence that says what to do."
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused((BIOMEDCLIP,), BIOMEDCLIP, "could not be fetched", "use local-dir:folder", kind=ConnectionError)
+    refused(("ViT-L-14-quickgelu", "openai"), "'openai'", "'ViT-L-14-quickgelu'", "pass its path as pretrained",
+            kind=ConnectionError)
+
+
+@pytest.mark.parametrize("name, image_size, says", [("RN50-quickgelu", 0, "ModifiedResNet has no transformer blocks"),
+                                                    ("RN50-quickgelu", 240, "ModifiedResNet has no transformer blocks"),
+                                                    ("coca_ViT-B-32", 0, "cannot be opened behind its last block")])
+def test_encoders_that_cannot_be_opened(name, image_size, says):
+    refused((name, "random", image_size), says)
+
+
+def test_an_image_smaller_than_a_patch(tiny):
+    refused(("tiny", tiny / "tiny.pt", 7), "image_size is 7", "8 pixels")

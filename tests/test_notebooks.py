@@ -1,0 +1,88 @@
+"Every notebook runs: the library's with nbdev_test, the experiments' with papermill in a smoke configuration."
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import pytest
+from conftest import BIN, EXPERIMENTS, LIBRARY, NOTEBOOKS, ROOT, run
+
+WORKERS = min(2, os.cpu_count() or 1)  # notebooks at a time, each with its share of the cores
+
+
+def test_exports_are_in_sync(tmp_path):
+    "`nbdev_export` in a copy of the project gives the modules that are here."
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("*checkpoints*"))
+    (tmp_path / "sdmad_nb").mkdir()
+    shutil.copy(ROOT / "sdmad_nb" / "__init__.py", tmp_path / "sdmad_nb")
+    done = run(BIN / "nbdev_export", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here, fresh = ({path.name: path.read_text(encoding="utf-8") for path in (root / "sdmad_nb").glob("*.py")}
+                   for root in (ROOT, tmp_path))
+    stale = sorted(name for name in here.keys() | fresh.keys() if here.get(name) != fresh.get(name))
+    assert not stale, f"run nbdev_export: {', '.join(stale)} in sdmad_nb/ differ from what the notebooks export"
+
+
+def command(notebook, folder):
+    "Say how a notebook is tested."
+    if notebook in LIBRARY: return BIN / "nbdev_test", "--path", notebook
+    return (BIN / "papermill", notebook, folder / notebook.name, "-p", "smoke", "True", "-p", "results", folder,
+            "--no-progress-bar")
+
+
+@pytest.fixture(scope="session")
+def runs(request, tmp_path_factory):
+    "Start the selected notebooks, a few at a time; give each one's future result."
+    folder = tmp_path_factory.mktemp("results")
+    selected = [item.callspec.params["notebook"] for item in request.session.items if "runs" in item.fixturenames]
+    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    pool = ThreadPoolExecutor(WORKERS)
+    yield {notebook: pool.submit(run, *command(notebook, folder), env=environment) for notebook in selected}
+    pool.shutdown(cancel_futures=True)
+
+
+def name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
+def test_library_notebook(notebook, runs):
+    "`nbdev_test` runs the notebook without an error."
+    done = runs[notebook].result()
+    assert done.returncode == 0 and "Success." in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=name)
+def test_experiment_notebook(notebook, runs):
+    "`papermill -p smoke True` runs the notebook without an error, and knows the parameters."
+    done = runs[notebook].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unknown parameter" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=name)
+def test_experiment_is_ready_for_papermill(notebook):
+    "One `parameters` cell, a line that keeps a bare `nbdev_test` from running it, and in run_*.ipynb no outputs."
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, "papermill silently runs the defaults unless exactly one cell has the tag `parameters`"
+    for line in tagged[0].source.splitlines():
+        assert line.count("=") <= 1, f"one `=` a line, or `papermill --help-notebook` loses the parameter: {line}"
+    assert "- skip_exec: true" in cells[0].source.splitlines(), "the first cell lacks the line `- skip_exec: true`"
+    if not notebook.name.startswith("run_"): return  # train_demo_clip keeps the outputs of the run that made the weights
+    with_output = [cell.id for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)]
+    assert not with_output, f"run `nbstripout --keep-id {notebook.relative_to(ROOT)}`: cells {with_output} have outputs"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+def test_notebook_is_readable(notebook):
+    "Short cells, a title, one sentence, and the kernel that every installation has."
+    book = nbformat.read(notebook, as_version=4)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    start = [line for line in book.cells[0].source.splitlines() if line.strip()]
+    assert start[0].startswith("# ") and start[1].startswith("> "), "begin with `# Title` and `> one sentence`"
+    long = {cell.id: count for cell in book.cells if cell.cell_type == "code"
+            and (count := len(cell.source.splitlines())) > 30}
+    assert not long, f"cells with more than 30 lines: {long}"

@@ -1,0 +1,140 @@
+"The project around the notebooks: settings, README, what is committed, and the wheel."
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+from configparser import ConfigParser
+
+import pytest
+from conftest import ROOT, run
+from readme import readme
+
+config = ConfigParser(delimiters=["="])
+config.read(ROOT / "settings.ini", encoding="utf-8")
+SETTINGS = config["DEFAULT"]
+SOURCES = ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+
+
+def tracked():
+    "List the files that are committed or about to be."
+    done = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if done.returncode: pytest.skip("not a git checkout")
+    return sorted(path for name in done.stdout.split("\0") if name and (path := ROOT / name).is_file())
+
+
+def test_versions_agree():
+    import sdmad_nb
+    assert sdmad_nb.__version__ == SETTINGS["version"] == importlib.metadata.version("sdmad_nb")
+    assert f"## {SETTINGS['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_nbdev_keeps_what_papermill_needs():
+    assert SETTINGS["allowed_cell_metadata_keys"] == "tags" and SETTINGS["clear_all"] == "False"
+    assert SETTINGS["update_pyproject"] == "False" and SETTINGS["tst_flags"].split() == ["slow", "gpu"]
+
+
+def test_requirements_are_read_whole():
+    names = {re.split(r"[<>=!~]", word)[0] for word in SETTINGS["requirements"].split()}
+    wanted = {"torch", "open_clip_torch", "jupyterlab", "papermill", "nbdev", "seaborn", "scikit-learn", "pillow"}
+    assert wanted <= names and not any("#" in name for name in names)
+
+
+def test_every_import_is_a_requirement():
+    "A package that a module imports is among the requirements, whatever else happens to bring it along."
+    known = {"sdmad_nb", *sys.stdlib_module_names}
+    for requirement in SETTINGS["requirements"].split():
+        files = importlib.metadata.files(re.split(r"[<>=!~\[]", requirement)[0]) or []
+        known |= {file.parts[0].removesuffix(".py") for file in files}
+    missing = set()
+    for module in (ROOT / "sdmad_nb").glob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            missing |= {f"{module.name}: {name}" for name in names if name.split(".")[0] not in known}
+    assert not missing, f"add to `requirements` in settings.ini: {sorted(missing)}"
+
+
+def test_progress_bars_are_text():
+    "Bars of `tqdm.auto` become widgets in a notebook: unreadable in a saved one, and papermill shows nothing of them."
+    users = [module.name for module in (ROOT / "sdmad_nb").glob("*.py")
+             if re.search(r"tqdm\.(auto|notebook|autonotebook)", module.read_text(encoding="utf-8"))]
+    assert not users, f"write `from tqdm import tqdm` in {users}"
+
+
+def test_readme_is_made_from_the_index():
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run make readme"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "data_links.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text) + re.findall(r'src="(?![a-z]+:)([^"]+)"', text)
+    lost = [link for link in links if not (ROOT / link).exists()]
+    assert not lost, f"{page} links to what is not there: {lost}"
+
+
+def test_nothing_of_this_machine_is_committed():
+    "No absolute path of the machine that a file was made on, and no package index's address."
+    paths = r"(?<![\w.~$}*-])/(?:home|Users|root|work|tmp|mnt|private)/[\w.]|[A-Z]:\\\\?Users"
+    index = r"https?://[^\s/\"]*(?:p[y]pi|artifactory|devpi|nexus)|(?:extra-)?index-[u]rl|--find-[l]inks"
+    bad = re.compile(f"{paths}|{index}")
+    found = []
+    for path in tracked():
+        if path.suffix in (".png", ".svg", ".safetensors", ".gz", ".pdf"): continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            line = re.sub(r'"image/png": "[^"]*"', "", line)
+            if match := bad.search(line): found.append(f"{path.relative_to(ROOT)}:{number}: {match[0]}")
+    assert not found, "\n".join(found)
+
+
+def test_committed_files_are_small():
+    sizes = {path.relative_to(ROOT).as_posix(): path.stat().st_size / 2**20 for path in tracked()}
+    assert not {name: size for name, size in sizes.items() if size > (16 if "assets" in name else 4)}
+
+
+def test_license_is_whole():
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert all(f"\n   {number}. " in text for number in range(1, 10)) and "END OF TERMS AND CONDITIONS" in text
+
+
+@pytest.fixture(scope="session")
+def installed_wheel(tmp_path_factory):
+    "Build a wheel from a copy of the sources and unpack it as pip does; return the folder."
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in SOURCES: shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "sdmad_nb", source / "sdmad_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    for words in (["wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist"],
+                  ["install", "--no-deps", "--no-index", "--target", target, "--find" "-links", "dist", "sdmad_nb"]):
+        done = run(*pip, *words, cwd=source)
+        assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_wheel_has_every_module_and_asset(installed_wheel):
+    def files(root): return {path.relative_to(root).as_posix() for path in (root / "sdmad_nb").rglob("*")
+                             if path.is_file() and "__pycache__" not in path.parts}
+
+    assert files(installed_wheel) == files(ROOT)
+
+
+def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
+    "Import every module from the wheel, with the heavy dependencies borrowed from this environment, and read an asset."
+    code = ("import importlib, pathlib, pkgutil, sdmad_nb\n"
+            f"assert pathlib.Path(sdmad_nb.__file__).is_relative_to({str(installed_wheel)!r}), sdmad_nb.__file__\n"
+            "for module in pkgutil.iter_modules(sdmad_nb.__path__): importlib.import_module('sdmad_nb.' + module.name)\n"
+            "from sdmad_nb.signs import preset_names, preset_path, read_signs\n"
+            f"assert preset_path('fastmri_plus').is_relative_to({str(installed_wheel)!r})\n"
+            "assert all(read_signs(preset_path(name)).texts for name in preset_names())\n"
+            "print(len(preset_names()), 'presets')")
+    environment = {**os.environ, "PYTHONPATH": str(installed_wheel), "SDMAD_CACHE": str(tmp_path / "cache")}
+    done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout.endswith("presets\n"), done.stderr
+
+
+def test_the_hook_is_installed():
+    points = importlib.metadata.entry_points(group="papermill.engine")
+    assert [point.value for point in points if point.name == "sdmad_nb"][:1] == ["sdmad_nb.papermill_engine:engine"]
