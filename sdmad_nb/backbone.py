@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
-           'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'resize_input', 'load_backbone',
-           'save_demo', 'load_demo', 'run_blocks', 'image_features', 'TokenStore', 'frozen_tokens', 'PromptBank',
-           'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
+           'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
+           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'TokenStore', 'frozen_tokens',
+           'PromptBank', 'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
 
 # %% ../nbs/05_backbone.ipynb #9e13339b
 import hashlib
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
-import numpy as np
 import open_clip
 import torch
 from open_clip.model import resize_pos_embed
@@ -79,7 +78,7 @@ class EvaImageTower(TimmImageTower):
         with torch.no_grad():
             blank = torch.zeros(1, 3, *visual.image_size, device=next(trunk.parameters()).device)
             rope = trunk._pos_embed(trunk.patch_embed(blank))[1]
-        each = rope if rope is not None and trunk.rope_mixed else [rope] * len(trunk.blocks)
+        each = rope if getattr(trunk, "rope_mixed", False) and rope is not None else [rope] * len(trunk.blocks)
         self.blocks = [partial(block, rope=one) for block, one in zip(trunk.blocks, each)]
 
     def stem(self, images):
@@ -112,6 +111,8 @@ class HuggingFaceTextTower(TextTower):
 
     def last(self, token_ids):
         mask = (token_ids != self.text.config.pad_token_id).long()
+        length = int(mask.any(0).nonzero().max()) + 1
+        token_ids, mask = token_ids[:, :length], mask[:, :length]
         return self.text.pooler(self.text.transformer(input_ids=token_ids, attention_mask=mask), mask)
 
     def head(self, x): return self.text.proj(x)
@@ -147,7 +148,7 @@ class Backbone:
     tokenizer: object  # list of N sentences -> (N, length) token ids
     preprocess: object  # PIL image -> (3, image_size, image_size)
     image_size: int  # pixels
-    fingerprint: str  # of weights and image size
+    fingerprint: str  # of weights, kinds of layer and preprocessing
 
     @property
     def depth(self) -> int: return len(self.image.blocks)
@@ -155,9 +156,13 @@ class Backbone:
     def device(self): return next(self.model.parameters()).device
 
 # %% ../nbs/05_backbone.ipynb #39e49b50
-def fingerprint(model, image_size: int) -> str:  # 16 hex digits
-    "Hash a model's weights and its image size."
-    digest = hashlib.blake2b(str(image_size).encode(), digest_size=8)
+def fingerprint(
+    model,
+    preprocessing: str,  # size, mean and standard deviation, as a text
+) -> str:  # 16 hex digits
+    "Hash a model's weights, its kinds of layer, and its preprocessing."
+    kinds = sorted({type(module).__name__ for module in model.modules()})
+    digest = hashlib.blake2b(f"{preprocessing} {kinds}".encode(), digest_size=8)
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -180,7 +185,7 @@ def freeze(
     chosen |= {"size": size, "resize_mode": "squash", "interpolation": "bicubic"}
     preprocess = image_transform_v2(PreprocessCfg(**chosen), is_train=False)
     towers = image_tower(model), text_tower_of(model)
-    return Backbone(name, model, *towers, tokenizer, preprocess, size, fingerprint(model, size))
+    return Backbone(name, model, *towers, tokenizer, preprocess, size, fingerprint(model, str(sorted(chosen.items()))))
 
 # %% ../nbs/05_backbone.ipynb #f6fd2bee
 def _is_torchscript(path):
@@ -194,7 +199,7 @@ def _from_torchscript(name, path):  # OpenAI's files hold the tensors of a plain
     model.load_state_dict({key: value for key, value in state.items() if key not in sizes})
     return model
 
-# %% ../nbs/05_backbone.ipynb #eeb6df61
+# %% ../nbs/05_backbone.ipynb #5eb3ab0a
 def check_quickgelu(
     name: str,  # open_clip model name
     pretrained: str,  # tag or checkpoint file
@@ -214,7 +219,17 @@ def check_quickgelu(
                      f"trained {'with' if needs else 'without'} it, so their features would be wrong: "
                      f"use backbone {right!r}")
 
-# %% ../nbs/05_backbone.ipynb #b0663088
+# %% ../nbs/05_backbone.ipynb #e2438c01
+def check_backbone(
+    name: str,
+    pretrained: str = "",
+    image_size: int = 0,
+):  # raises ValueError where name, weights and size cannot go together
+    "Refuse what `load_backbone` could not load, without loading anything."
+    if name != "demo": _check_name(name, pretrained)
+    elif pretrained or image_size:
+        raise ValueError("the demo backbone has its own weights and size: leave pretrained and image_size unset")
+
 def _check_name(name, pretrained):
     if name.startswith(("hf-hub:", "local-dir:")):
         if pretrained: raise ValueError(f"backbone {name!r} brings its own weights: leave pretrained empty")
@@ -231,11 +246,11 @@ def _check_name(name, pretrained):
         raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {name!r}: "
                          f"use one of {tags} or a checkpoint file")
 
-# %% ../nbs/05_backbone.ipynb #aab15ff9
+# %% ../nbs/05_backbone.ipynb #3964b4be
 def _reason(error):
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()] or ["no more is known"]
     line = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
-    return shorten(line.split(". ")[0].rstrip("."), 200, placeholder=" ...")
+    return shorten(f"{type(error).__name__}: {line.split('. ')[0].rstrip('.')}", 200, placeholder=" ...")
 
 def _loading_error(name, pretrained, error):
     reason = _reason(error)
@@ -248,12 +263,13 @@ def _loading_error(name, pretrained, error):
     if name.startswith("local-dir:"):
         return ValueError(f"backbone {name!r} cannot be loaded ({reason}): the folder needs open_clip_config.json, "
                           "the weights, and what the configuration names")
-    instead = "pass its path as pretrained" if pretrained else "copy its folder over and use local-dir:folder"
-    weights = f"the weights {pretrained!r} of " if pretrained else ""
+    tag = "" if pretrained == "random" else pretrained
+    instead = "pass its path as pretrained" if tag else "copy its folder over and use local-dir:folder"
+    weights = f"the weights {tag!r} of " if tag else ""
     return ConnectionError(f"{weights}backbone {name!r} could not be fetched ({reason}): connect to the internet, "
                            f"or fetch it on another machine and {instead}")
 
-# %% ../nbs/05_backbone.ipynb #28dc5b9a
+# %% ../nbs/05_backbone.ipynb #b2fc929b
 def resize_input(
     model,  # an open_clip model; changed in place
     image_size: int,  # pixels
@@ -264,13 +280,13 @@ def resize_input(
     elif hasattr(visual, "positional_embedding") and hasattr(visual, "grid_size"):
         visual.image_size, (height, width) = (image_size, image_size), visual.patch_size
         visual.grid_size = (image_size // height, image_size // width)
-        if 0 in visual.grid_size: raise ValueError(f"image_size is {image_size} but a patch has {height} pixels")
+        if 0 in visual.grid_size: raise ValueError(f"image_size is {image_size} but must be at least {height}, a patch")
         state = {"visual.positional_embedding": visual.positional_embedding.data}
         resize_pos_embed(state, model)
         visual.positional_embedding = torch.nn.Parameter(state["visual.positional_embedding"])
     else: raise ValueError("the image encoder of this model has one input size: leave image_size at 0")
 
-# %% ../nbs/05_backbone.ipynb #8302e2a0
+# %% ../nbs/05_backbone.ipynb #7fd9c65d
 def load_backbone(
     name: str = "demo",  # "demo", an open_clip model name, "hf-hub:owner/model" or "local-dir:folder"
     pretrained: str = "",  # tag, checkpoint file, or "random"; empty for the demo, for hub and folder names
@@ -279,10 +295,8 @@ def load_backbone(
 ) -> Backbone:  # ValueError where name, weights and size do not fit; ConnectionError where weights cannot be fetched
     "Load a CLIP model and freeze it."
     pretrained = str(pretrained or "")
-    if name == "demo":
-        if not (pretrained or image_size): return load_demo(device)
-        raise ValueError("the demo backbone has its own weights and size: leave pretrained and image_size unset")
-    _check_name(name, pretrained)
+    check_backbone(name, pretrained, image_size)
+    if name == "demo": return load_demo(device)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -295,7 +309,7 @@ def load_backbone(
     if image_size: resize_input(model, image_size)
     return freeze(name, model, tokenizer, device=device)
 
-# %% ../nbs/05_backbone.ipynb #0029a999
+# %% ../nbs/05_backbone.ipynb #5d9cecf2
 def save_demo(model, config: dict, used_rows, path) -> Path:  # the file written, fp16
     "Store a demo backbone, with the rows of its vocabulary that were trained."
     rows = torch.as_tensor(sorted(used_rows), dtype=torch.int32)
@@ -304,7 +318,7 @@ def save_demo(model, config: dict, used_rows, path) -> Path:  # the file written
     state |= {"token_embedding.weight": kept, "token_embedding.rows": rows}
     return write_atomically(path, lambda file: save_file(state, file, {"config": json.dumps(config)}))
 
-# %% ../nbs/05_backbone.ipynb #04b254d8
+# %% ../nbs/05_backbone.ipynb #0a709f02
 DEMO_WEIGHTS = Path(__file__).parent / "assets" / "demo_clip.safetensors" if "__file__" in globals() else None
 
 def load_demo(
@@ -325,7 +339,7 @@ def load_demo(
     tokenizer = open_clip.SimpleTokenizer(context_length=text["context_length"])
     return freeze("demo", model, tokenizer, device=device)
 
-# %% ../nbs/05_backbone.ipynb #adedca01
+# %% ../nbs/05_backbone.ipynb #27a1ef64
 def run_blocks(
     backbone: Backbone,
     tokens: torch.Tensor,  # (B, 1 + P, W) after block `start`
@@ -339,7 +353,7 @@ def run_blocks(
         if adapters and number in adapters: tokens = adapters[number](tokens)
     return tokens
 
-# %% ../nbs/05_backbone.ipynb #fd1b67cf
+# %% ../nbs/05_backbone.ipynb #229651b9
 def image_features(
     backbone: Backbone,
     tokens: torch.Tensor,  # (B, 1 + P, W) after block `start`, before that block's adapter
@@ -355,16 +369,16 @@ def image_features(
     if backbone.depth > start and backbone.depth in adapters: tokens = adapters[backbone.depth](tokens)
     return F.normalize(backbone.image.head(tokens), dim=-1)
 
-# %% ../nbs/05_backbone.ipynb #5c1eb53b
+# %% ../nbs/05_backbone.ipynb #d83dad8a
 class TokenStore:
-    "Read the frozen tokens of images from their files."
-    def __init__(self, files): self.files = list(files)
+    "Read the frozen tokens of images, taken after block `block`, from their files."
+    def __init__(self, files, block): self.files, self.block = list(files), block
     def __len__(self): return len(self.files)
 
     def __getitem__(self, indices):  # (B,) whole numbers -> (B, 1 + P, W)
         return torch.stack([load_file(self.files[int(index)])["tokens"] for index in indices])
 
-# %% ../nbs/05_backbone.ipynb #d83dad8a
+# %% ../nbs/05_backbone.ipynb #5c3b5655
 def _sound(file, shape):
     try:
         with safe_open(file, "pt") as stored: return list(stored.get_slice("tokens").get_shape()) == list(shape)
@@ -376,7 +390,7 @@ def _missing(files, shape):  # indices of the files that have to be made
     for index in broken: print(f"cache file {files[index].name} is damaged: computing it again")
     return sorted(absent + broken)
 
-# %% ../nbs/05_backbone.ipynb #c35c3c94
+# %% ../nbs/05_backbone.ipynb #06efa25f
 @torch.no_grad()
 def frozen_tokens(
     backbone: Backbone,
@@ -397,9 +411,9 @@ def frozen_tokens(
         tokens = run_blocks(backbone, backbone.image.stem(pixels), 0, block).cpu()
         for index, one in zip(batch, tokens):
             write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
-    return TokenStore(files)
+    return TokenStore(files, block)
 
-# %% ../nbs/05_backbone.ipynb #7c3d79e6
+# %% ../nbs/05_backbone.ipynb #30713998
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -407,7 +421,7 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #b9d181f7
+# %% ../nbs/05_backbone.ipynb #8d986956
 def check_length(backbone: Backbone, sentences):  # raises ValueError naming the first sentence that is too long
     "Refuse sentences that the tokenizer would cut off."
     length = getattr(backbone.tokenizer, "context_length", None) or 77
@@ -418,7 +432,7 @@ def check_length(backbone: Backbone, sentences):  # raises ValueError naming the
         raise ValueError(f"this prompt has {used} tokens but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #e0dfd6e9
+# %% ../nbs/05_backbone.ipynb #d52b842e
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -426,7 +440,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #6e80aaf8
+# %% ../nbs/05_backbone.ipynb #1f61fb63
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -446,7 +460,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #8ac25cf3
+# %% ../nbs/05_backbone.ipynb #32d6fb47
 def text_features(
     backbone: Backbone,
     bank: PromptBank,

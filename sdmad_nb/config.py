@@ -8,10 +8,11 @@ __all__ = ['LAYER_PRESETS', 'resolve_layers', 'check_config', 'Config', 'config_
 
 # %% ../nbs/00_config.ipynb #7b4033b5
 import hashlib
+import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,7 +45,14 @@ def check_config(config):  # raises ValueError naming each wrong field, its valu
         "normal_shots": ("a whole number >= -1", lambda x: whole(x) and x >= -1),
         "seed": ("a whole number >= 0", lambda x: whole(x) and x >= 0),
         "epochs": ("a whole number >= 0", lambda x: whole(x) and x >= 0),
-        "learning_rate": ("a number > 0", lambda x: number(x) and x > 0),
+        "learning_rate": ("a finite number > 0", lambda x: number(x) and 0 < x < math.inf),
+        "betas": ("two numbers in [0, 1)", lambda x: isinstance(x, tuple) and len(x) == 2 and all(number(b) and 0 <= b < 1 for b in x)),
+        "layers": (f"one of {', '.join(sorted(LAYER_PRESETS))} or a list of block numbers",
+                   lambda x: x in LAYER_PRESETS if isinstance(x, str) else isinstance(x, tuple) and len(x) > 0 and all(map(whole, x))),
+        "backbone": ("a text", lambda x: isinstance(x, str) and x != ""),
+        "pretrained": ("a text", lambda x: isinstance(x, str)),
+        "text_adapter": ("True or False", lambda x: isinstance(x, bool)),
+        "selection": ("True or False", lambda x: isinstance(x, bool)),
         "batch_size": ("a whole number >= 0", lambda x: whole(x) and x >= 0),
         "image_size": ("a whole number >= 0", lambda x: whole(x) and x >= 0),
         "bottleneck": ("a whole number >= 0", lambda x: whole(x) and x >= 0),
@@ -84,8 +92,8 @@ class Config:
     selection: bool = True  # Eq. (6) at inference; False is the paper's "no SS"
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if not isinstance(self.layers, str): object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("betas", "layers"):
+            if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
         check_config(self)
 
 # %% ../nbs/00_config.ipynb #fe7a9b6a
@@ -120,7 +128,7 @@ def torch_generator(seed: int, *purpose: str) -> torch.Generator:  # a CPU gener
     "Make the torch generator of one purpose."
     return torch.Generator().manual_seed(_stream(seed, purpose))
 
-def numpy_generator(seed: int, *purpose: str) -> np.random.Generator:
+def numpy_generator(seed: int, *purpose: str) -> np.random.Generator:  # independent of torch's of the same purpose
     "Make the numpy generator of one purpose."
     return np.random.default_rng(_stream(seed, purpose))
 
@@ -130,15 +138,16 @@ def project_root(
 ) -> Path:  # the checkout's root, or `start` itself outside a checkout
     "Find the folder that holds this project's settings.ini."
     start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        settings = folder / "settings.ini"
-        if settings.is_file() and "lib_name = sdmad_nb" in settings.read_text(encoding="utf-8"): return folder
-    return start
+    return next((folder for folder in (start, *start.parents) if _is_root(folder)), start)
+
+def _is_root(folder):
+    settings = folder / "settings.ini"
+    return settings.is_file() and "lib_name = sdmad_nb" in settings.read_text(encoding="utf-8")
 
 def cache_folder(*parts: str) -> Path:  # made if it is not there
     "Name a folder for what can be computed again."
     root = project_root()
-    default = root / "cache" if (root / "settings.ini").is_file() else Path.home() / ".cache" / "sdmad_nb"
+    default = root / "cache" if _is_root(root) else Path.home() / ".cache" / "sdmad_nb"
     folder = Path(os.environ.get("SDMAD_CACHE") or default, *parts)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -40,7 +40,7 @@ class DataError(ValueError):
 # %% ../nbs/01_data.ipynb #de6fd7c4
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    "Hold the labels of N images and where their pixels are. Design, section 4."
+    "Hold the labels of N images and where their pixels are."
     folder: Path  # absolute
     name: str  # the folder's name
     images: tuple  # N paths, relative to the folder
@@ -293,7 +293,7 @@ def validate(
     signs=None,  # signs to use instead of signs.json (anything with `.categories`)
     progress: bool = True,  # show a bar where it takes over two seconds
 ) -> list:  # all faults, each a sentence with file, line and remedy; empty where the data set is sound
-    "List everything that is wrong with a data-set folder. Design, section 4."
+    "List everything that is wrong with a data-set folder."
     return _inspect(folder, signs, progress)[1]
 
 # %% ../nbs/01_data.ipynb #2011c123
@@ -302,7 +302,7 @@ def read_dataset(
     signs=None,  # signs to use instead of signs.json (anything with `.categories`)
     progress: bool = True,  # show a bar where it takes over two seconds
 ) -> DataSet:  # DataError with all faults where there are any
-    "Check a data-set folder whole and read its labels. Design, section 4."
+    "Check a data-set folder whole and read its labels."
     dataset, faults = _inspect(folder, signs, progress)
     if faults: raise DataError(f"the data set {folder} cannot be used", faults)
     return dataset
@@ -398,7 +398,7 @@ def draw_split(
     normal_shots: int = None,  # normal images; None or -1 = K, or 0 where the data set has none
     level: str = "patient",  # "patient" or "image", see above
 ) -> Split:  # train and test in the order of labels.csv; DataError with counts where there are too few images
-    "Draw the images to learn from and keep the rest for the test. Design, section 3."
+    "Draw the images to learn from and keep the rest for the test."
     if level not in LEVELS: raise DataError(f"level is {level!r}: use one of {', '.join(LEVELS)}")
     if shots < 1 or (normal_shots or 0) < -1:
         raise DataError(f"shots is {shots} and normal_shots {normal_shots}: draw at least 1 image per category "

@@ -35,7 +35,7 @@ def results_folder(
     experiment: str,  # such as "table2"
     base=None,  # folder of all results; "results" in the project's root by default
 ) -> Path:  # made if it is not there; PermissionError, with the remedy, where it cannot be written
-    "Name the folder of one experiment's records, tables and figures. Design, section 6."
+    "Name the folder of one experiment's records, tables and figures."
     folder = Path(base).expanduser() if base else project_root() / "results"
     folder = folder / experiment
     try:
@@ -54,7 +54,7 @@ def record_path(
     seed: int,
     variant: str = "",  # what else distinguishes the run, such as "lam0.5"
 ) -> Path:
-    "Name the file of one run. Design, section 6."
+    "Name the file of one run."
     parts = [dataset, method, f"k{shots}", f"s{seed}", variant]
     return Path(folder) / ("-".join(re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts if part) + ".json")
 
@@ -86,7 +86,7 @@ def write_record(
     path,  # from `record_path`
     record: dict,  # needs "metrics"
 ) -> Path:  # TypeError or PermissionError, in which case nothing has been written
-    "Write a record whole or not at all. Design, section 6."
+    "Write a record whole or not at all."
     text = json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     return write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
 
@@ -105,7 +105,7 @@ def read_record(
     path,  # from `record_path`
     identity: dict = None,  # what the record must have been made for; None takes any
 ):  # the record, or None where there is none that can be used (a printed line says why)
-    "Read a record, unless it is damaged or was made for something else. Design, section 6."
+    "Read a record, unless it is damaged or was made for something else."
     path = Path(path)
     if not path.exists(): return None
     try: record = json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def run_once(
     identity: dict,  # everything the numbers depend on: config, data-set fingerprint, method, backbone, ...
     compute,  # called without arguments; returns {"metrics": {...}, "split": ..., ...}
 ) -> dict:  # the record; ValueError where `identity` and the result use the same name
-    "Read the record of a run, or make the run and its record. Design, section 6."
+    "Read the record of a run, or make the run and its record."
     record = read_record(path, identity)
     if record is not None: return record
     started = time.perf_counter()
@@ -228,7 +228,7 @@ def write_tables(
     title: str,  # says what the numbers are and on which data
     note: str = "Mean ± sample standard deviation over seeds, in percent.",  # one line below the table
 ) -> list:  # paths of table.csv and table.md
-    "Write an experiment's table as CSV and Markdown. Design, section 6."
+    "Write an experiment's table as CSV and Markdown."
     text = f"# {title}\n\n{_markdown(table)}\n\n{note}\n"
     return [write_atomically(Path(folder) / "table.csv", lambda path: long.to_csv(path, index=False)),
             write_atomically(Path(folder) / "table.md", lambda path: path.write_text(text, encoding="utf-8"))]

@@ -308,4 +308,4 @@ def test_encoders_that_cannot_be_opened(name, image_size, says):
 
 
 def test_an_image_smaller_than_a_patch(tiny):
-    refused(("tiny", tiny / "tiny.pt", 7), "image_size is 7", "8 pixels")
+    refused(("tiny", tiny / "tiny.pt", 7), "image_size is 7", "at least 8")
