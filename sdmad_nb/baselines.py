@@ -60,13 +60,20 @@ def best_constant(
     return min(zip(-counts, sets.sum(1), map(tuple, ~sets), sets), key=lambda row: row[:3])[3]
 
 # %% ../nbs/11_baselines.ipynb #b8c575fb
-def constant_outputs(labels_set, count: int) -> Outputs:
+def constant_outputs(
+    labels_set,  # (C,) bool
+    count: int,  # of images, B
+) -> Outputs:  # (B, C), all scores equal
     "Answer every image with one set of labels."
     chosen = torch.as_tensor(labels_set).bool()
     return Outputs(torch.zeros(count, len(chosen)), chosen.expand(count, -1), torch.zeros(count))
 
 # %% ../nbs/11_baselines.ipynb #357051e0
-def nothing(study: Study, split: Split, config: Config) -> Outputs:
+def nothing(
+    study: Study,
+    split: Split,
+    config: Config,  # not used: every method has the same form
+) -> Outputs:  # of the test images, in the split's order
     "Predict no finding."
     return constant_outputs(np.zeros(len(study.dataset.categories), bool), len(split.test))
 
@@ -136,7 +143,11 @@ METHODS = {
 }
 
 # %% ../nbs/11_baselines.ipynb #8b3a62e5
-def split_of(study: Study, config: Config, folder) -> Split:
+def split_of(
+    study: Study,
+    config: Config,  # shots, normal_shots, seed, split_level
+    folder,  # results folder of the experiment; the file lies in its splits/
+) -> Split:  # DataError where there are too few images, or a file that was there does not fit
     "Read the split of a seed, or draw it and write it down."
     level, normals = config.split_level, config.normal_shots
     name = f"{study.dataset.name}-k{config.shots}-s{config.seed}-{level}{f'-n{normals}' if normals >= 0 else ''}"

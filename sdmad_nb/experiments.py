@@ -80,11 +80,11 @@ def check_seeds(seeds) -> list:  # ValueError
 # %% ../nbs/15_experiments.ipynb #3046a73a
 def prepare_study(
     config: Config,
-    data: str,
-    slice: int,
-    signs: str = "",
-    device: str = "auto",
-    small: bool = False,
+    data: str,  # "demo" or a data-set folder
+    slice: int,  # of the demo: 0, 5 or 10
+    signs: str = "",  # see `signs_file`
+    device: str = "auto",  # see `resolve_device`
+    small: bool = False,  # a demo of 30 images
 ) -> Study:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything, then compute what all methods share."
     where = resolve_device(device)

@@ -126,7 +126,12 @@ def sample_plane(
     return np.stack([grey * (1 - ventricles), white * (1 - ventricles), ventricles])
 
 # %% ../nbs/02_phantom.ipynb #b1131be4
-def band(depth, low, high, soft=1.0):
+def band(
+    depth,  # (H, W) mm
+    low,  # mm
+    high,  # mm
+    soft=1.0,  # mm over which an edge fades
+):  # (H, W) in [0, 1]
     "Weigh the pixels whose depth lies between two bounds, with edges `soft` mm wide."
     return np.clip((depth - low) / soft + 0.5, 0, 1) * np.clip((high - depth) / soft + 0.5, 0, 1)
 
@@ -459,11 +464,13 @@ def make_demo(
     images: int = 270,
     normals: int = 60,
     jobs: int = -1,  # worker processes; -1 = one per core
-) -> Path:  # the folder, which is left alone if it is there already
+) -> Path:  # the folder, which is left alone if it is finished; FileExistsError if it is there but is not
     "Make a demo data set, the same to the byte whenever it is made."
     rows = plan_demo(slice, draw, images, normals)
     folder = Path(folder or demo_folder(slice, draw))
     if (folder / "labels.csv").is_file(): return folder
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there but is no finished demo: remove it, or choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as work:
         work = Path(work) / "data"

@@ -42,7 +42,12 @@ class Detector:
     def start(self) -> int: return resolve_layers(self.config.layers, self.backbone.depth)[0]  # block whose tokens it reads
 
 # %% ../nbs/10_training.ipynb #3126adbd
-def zero_shot(backbone: Backbone, signs: SignSet, bank: PromptBank, config: Config) -> Detector:
+def zero_shot(
+    backbone: Backbone,
+    signs: SignSet,
+    bank: PromptBank,  # of the same signs
+    config: Config,  # its layers say after which block tokens are kept
+) -> Detector:  # without adapters, with all signs kept
     "Make the untrained baseline: the same signs and scores, no adapters, no selection."
     sign_features, anchor = text_features(backbone, bank)
     keep = torch.ones(len(sign_features), dtype=torch.bool, device=anchor.device)
@@ -78,7 +83,15 @@ def support_tokens(
 # %% ../nbs/10_training.ipynb #03f33451
 LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss}  # Config.loss
 
-def training_step(backbone, adapters, tokens, labels, bank, config, optimiser) -> float:  # the loss before the step
+def training_step(
+    backbone: Backbone,
+    adapters: Adapters,  # changed in place, by the optimiser
+    tokens: torch.Tensor,  # (B, 1 + P, W), frozen after the first adapter's block
+    labels: torch.Tensor,  # (B, C) 0/1
+    bank: PromptBank,
+    config: Config,  # loss, sign_reduction, other_signs, lam
+    optimiser,
+) -> float:  # the loss before the step
     "Take one step on one batch."
     features = image_features(backbone, tokens.to(backbone.device), adapters.first, adapters.image)
     sign_features, anchor = text_features(backbone, bank, adapters.text)
@@ -91,7 +104,14 @@ def training_step(backbone, adapters, tokens, labels, bank, config, optimiser) -
 
 # %% ../nbs/10_training.ipynb #12269a6c
 @torch.no_grad()
-def finish(backbone, adapters, signs, bank, config, history=()) -> Detector:
+def finish(
+    backbone: Backbone,
+    adapters: Adapters,
+    signs: SignSet,
+    bank: PromptBank,  # of the same signs
+    config: Config,  # selection
+    history=(),  # loss before each step
+) -> Detector:
     "Compute the final text features once, and select signs. Eq. (6)"
     sign_features, anchor = text_features(backbone, bank, adapters.text)
     keep = torch.ones(len(sign_features), dtype=torch.bool, device=anchor.device)

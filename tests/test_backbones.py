@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from sdmad_nb.adapters import make_adapters
-from sdmad_nb.backbone import (encode_prompts, fingerprint, freeze, frozen_tokens, image_features, load_backbone,
-                               resize_input, run_blocks, text_features)
+from sdmad_nb.backbone import (encode_prompts, freeze, frozen_tokens, image_features, load_backbone, resize_input,
+                               run_blocks, text_features)
 from sdmad_nb.config import Config, resolve_layers, torch_generator
 from sdmad_nb.signs import SignSet, normal_prompts, sign_prompts
 from sdmad_nb.training import embed, fit, judge, load, save
@@ -88,7 +88,8 @@ def check_whole_method(backbone, layers, folder):
     assert tuple(fitted.adapters.image) == layers and math.isfinite(fitted.history[0])
     assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in fitted.adapters.parameters())
     assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
-    assert fingerprint(backbone.model, backbone.image_size) == backbone.fingerprint, "a weight of CLIP has changed"
+    again = freeze(backbone.name, backbone.model, backbone.tokenizer)
+    assert again.fingerprint == backbone.fingerprint, "a weight of CLIP has changed"
     outputs = judge(fitted, embed(fitted, store, [1]))
     assert outputs.scores.shape == (1, 2) and outputs.scores.isfinite().all()
     return fitted
