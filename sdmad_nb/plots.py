@@ -45,7 +45,7 @@ def verdicts(
     line = height * 0.13
     for row, name in enumerate(names):
         y = height + line * (row + 0.8)
-        ax.text(0, y, name, fontsize=6, va="center", weight="bold" if truth[row] else "normal", color="black" if truth[row] else "#777777")
+        ax.text(0, y, name, fontsize=5.2, va="center", weight="bold" if truth[row] else "normal", color="black" if truth[row] else "#777777")
         for column, said in enumerate(predictions.values()):
             right = bool(said[row]) == bool(truth[row])
             box = (width * (0.72 + 0.15 * column), y - line * 0.36)

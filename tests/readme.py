@@ -21,9 +21,11 @@ def readme():  # ValueError for an output that is a picture
     book.cells = [cell for cell in book.cells if not cell.source.startswith("#| hide")]
     for cell in book.cells:
         if cell.cell_type == "markdown": cell.source = LINK.sub(from_root, cell.source)
+        elif cell.source.startswith("#| echo: false"): cell.source = "#| echo: false"  # its output alone is shown
     text, resources = MarkdownExporter().from_notebook_node(book)
     if resources["outputs"]:
         raise ValueError("a picture that a cell draws cannot be shown in README.md: save it to a file and link to that")
+    text = re.sub(r"```python\n#\| echo: false\n```\n", "", text)
     text = re.sub(r"^#\| .*\n", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
