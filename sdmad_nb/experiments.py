@@ -64,7 +64,7 @@ def _open_demo(make):
     folder = make()
     sign_set = read_signs(preset_path("fastmri_plus"))
     try: return read_dataset(folder, sign_set), sign_set
-    except DataError as error: print(f"the demo in {folder.name} is damaged ({str(error).splitlines()[0]}): making it again")
+    except DataError as error: print(f"{folder.name} is damaged ({len(error.faults)} faults): making it again")
     shutil.rmtree(folder)
     return read_dataset(make(), sign_set), sign_set
 
