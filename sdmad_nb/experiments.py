@@ -50,7 +50,8 @@ def open_data(
             raise DataError(f"slice is {slice!r}: the demo has slices {list(SLICES)}; "
                             "for your own images set data to their folder")
         few = dict(folder=demo_folder(slice).with_name(f"demo-small-slice{slice}"), images=24, normals=6)
-        return _open_demo(lambda: make_demo(slice, **(few if small else {})))
+        if signs: signs_file("", signs)  # refuse a wrong name before images are made
+        return _open_demo(lambda: make_demo(slice, **(few if small else {})), signs)
     folder = Path(data).expanduser()
     if not (folder / "labels.csv").is_file():
         raise DataError(f"data {str(data)!r} is not a data-set folder: there is no labels.csv in it; "
@@ -60,9 +61,9 @@ def open_data(
     sign_set = read_signs(file)
     return read_dataset(folder, sign_set), sign_set
 
-def _open_demo(make):
+def _open_demo(make, signs):
     folder = make()
-    sign_set = read_signs(preset_path("fastmri_plus"))
+    sign_set = read_signs(signs_file(folder, signs))
     try: return read_dataset(folder, sign_set), sign_set
     except DataError as error: print(f"{folder.name} is damaged ({len(error.faults)} faults): making it again")
     shutil.rmtree(folder)
