@@ -38,6 +38,15 @@ def signs_file(
                     f"to one of the presets {list(preset_names())}")
 
 # %% ../nbs/15_experiments.ipynb #1b1b4f05
+def _open_demo(make, signs):
+    folder = make()
+    sign_set = read_signs(signs_file(folder, signs))
+    try: return read_dataset(folder, sign_set), sign_set
+    except DataError as error: print(f"{folder.name} is damaged ({len(error.faults)} faults): making it again")
+    shutil.rmtree(folder)
+    return read_dataset(make(), sign_set), sign_set
+
+# %% ../nbs/15_experiments.ipynb #c4093c32
 def open_data(
     data: str = "demo",  # "demo" or a data-set folder
     slice: int = 5,  # of the demo: 0, 5 or 10
@@ -61,15 +70,7 @@ def open_data(
     sign_set = read_signs(file)
     return read_dataset(folder, sign_set), sign_set
 
-def _open_demo(make, signs):
-    folder = make()
-    sign_set = read_signs(signs_file(folder, signs))
-    try: return read_dataset(folder, sign_set), sign_set
-    except DataError as error: print(f"{folder.name} is damaged ({len(error.faults)} faults): making it again")
-    shutil.rmtree(folder)
-    return read_dataset(make(), sign_set), sign_set
-
-# %% ../nbs/15_experiments.ipynb #c4093c32
+# %% ../nbs/15_experiments.ipynb #3046a73a
 def check_seeds(seeds) -> list:  # ValueError
     "Refuse seeds that are not a list of different whole numbers."
     listed = isinstance(seeds, (list, tuple)) and len(seeds) > 0
@@ -78,7 +79,7 @@ def check_seeds(seeds) -> list:  # ValueError
                          "for example -y 'seeds: [0, 1, 2]'")
     return list(seeds)
 
-# %% ../nbs/15_experiments.ipynb #3046a73a
+# %% ../nbs/15_experiments.ipynb #09e023d6
 def prepare_study(
     config: Config,
     data: str,  # "demo" or a data-set folder
@@ -95,7 +96,7 @@ def prepare_study(
     backbone = load_backbone(config.backbone, config.pretrained, config.image_size, where)
     return open_study(dataset, sign_set, backbone, config, cache_folder("tokens"))
 
-# %% ../nbs/15_experiments.ipynb #09e023d6
+# %% ../nbs/15_experiments.ipynb #56a2a03a
 def run_methods(
     study: Study,
     seeds: list,
