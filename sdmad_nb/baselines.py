@@ -36,6 +36,7 @@ class Study:
     bank: PromptBank
     tokens: TokenStore  # one entry per image of the data set
     config: Config  # `seed` and `selection` are set per run
+    split: Split = None  # the user's own, for every seed; None draws one per seed
 
 # %% ../nbs/11_baselines.ipynb #fd8a2b41
 def open_study(
@@ -44,12 +45,13 @@ def open_study(
     backbone: Backbone,
     config: Config,
     cache,  # folder for frozen tokens
+    split: Split = None,  # the user's own, for every seed; None draws one per seed
 ) -> Study:  # ValueError where layers do not fit the backbone; SignError where a category has no signs
     "Compute what every method of a study shares."
     first, signs = resolve_layers(config.layers, backbone.depth)[0], restrict(signs, dataset.categories)
     bank = encode_prompts(backbone, signs, cache)
     tokens = frozen_tokens(backbone, [dataset.path(number) for number in range(len(dataset))], first, cache)
-    return Study(dataset, signs, backbone, bank, tokens, config)
+    return Study(dataset, signs, backbone, bank, tokens, config, split)
 
 # %% ../nbs/11_baselines.ipynb #0ddbb7d3
 def best_constant(
@@ -148,7 +150,8 @@ def split_of(
     config: Config,  # shots, normal_shots, seed, split_level
     folder,  # results folder of the experiment; the file lies in its splits/
 ) -> Split:  # DataError where there are too few images, or a file that was there does not fit
-    "Read the split of a seed, or draw it and write it down."
+    "Take the user's split, read the one of a seed, or draw it and write it down."
+    if study.split: return study.split
     level, normals = config.split_level, config.normal_shots
     name = f"{study.dataset.name}-k{config.shots}-s{config.seed}-{level}{f'-n{normals}' if normals >= 0 else ''}"
     path = Path(folder) / "splits" / f"{name}-{dataset_fingerprint(study.dataset)[:6]}.json"
@@ -201,6 +204,7 @@ def run_method(
                 "labels": dataset_fingerprint(study.dataset), "pixels": study.dataset.content,
                 "signs": _digest(asdict(study.signs)), "backbone": study.backbone.fingerprint, "draws": draws,
                 "drawn": _digest([split.train, split.test]), "code": code_fingerprint(*CODE)}
-    path = record_path(folder, study.dataset.name, method, config.shots, seed, _digest(identity["config"])[:6])
+    variant = _digest([identity["config"], identity["drawn"]] if study.split else identity["config"])[:6]
+    path = record_path(folder, study.dataset.name, method, config.shots, seed, variant)
     compute = lambda: METHODS[method].run(study, split, config)
     return run_once(path, identity, lambda: _measure(study, split, compute(), seed, draws))

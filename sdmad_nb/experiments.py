@@ -7,6 +7,7 @@ __all__ = ['signs_file', 'open_data', 'check_seeds', 'prepare_study', 'run_metho
 
 # %% ../nbs/15_experiments.ipynb #ea3fce22
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,9 +15,9 @@ from tqdm import tqdm
 from .baselines import Study, open_study, run_method
 from .backbone import check_backbone, load_backbone
 from .config import Config, cache_folder, resolve_device
-from .data import DataError, draw_split, read_dataset
+from .data import RESERVED, DataError, draw_split, read_dataset, read_split
 from .phantom import SLICES, demo_folder, make_demo
-from .signs import SignError, preset_names, preset_path, read_signs
+from .signs import SignError, named_signs, preset_names, preset_path, read_signs
 
 # %% ../nbs/15_experiments.ipynb #d5434746
 def signs_file(
@@ -24,14 +25,11 @@ def signs_file(
     signs: str = "",  # name of a preset, or a file; empty looks in the folder
 ) -> Path:  # SignError where there is none
     "Find the signs for a data set."
-    if signs in preset_names(): return preset_path(signs)
-    if signs:
-        if Path(signs).is_file(): return Path(signs)
-        raise SignError(f"signs {signs!r} is neither a file nor one of the presets {list(preset_names())}")
+    if signs: return named_signs(signs)
     if (Path(folder) / "signs.json").is_file(): return Path(folder) / "signs.json"
     labels = Path(folder) / "labels.csv"
     columns = labels.read_text(encoding="utf-8-sig", errors="replace").split("\n")[0].strip().split(",") if labels.is_file() else []
-    categories = set(columns) - {"image", "patient", "split", "mask"}
+    categories = set(columns) - set(RESERVED)
     for name in preset_names():
         if set(read_signs(preset_path(name)).categories) == categories: return preset_path(name)
     raise SignError(f"{folder} has no signs.json: write one (nbs/04_signs.ipynb says how), or set signs to a file or "
@@ -87,14 +85,17 @@ def prepare_study(
     signs: str = "",  # see `signs_file`
     device: str = "auto",  # see `resolve_device`
     small: bool = False,  # a demo of 30 images
+    split: str = "",  # a split file of the user's, for every seed; empty draws one per seed
 ) -> Study:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything, then compute what all methods share."
     where = resolve_device(device)
     check_backbone(config.backbone, config.pretrained, config.image_size)
     dataset, sign_set = open_data(data, slice, signs, small)
-    draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)  # are there enough images?
+    own = read_split(split, dataset) if split else None
+    if own: config = replace(config, shots=own.shots or config.shots, split_level=own.level)
+    else: draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)  # are there enough images?
     backbone = load_backbone(config.backbone, config.pretrained, config.image_size, where)
-    return open_study(dataset, sign_set, backbone, config, cache_folder("tokens"))
+    return open_study(dataset, sign_set, backbone, config, cache_folder("tokens"), own)
 
 # %% ../nbs/15_experiments.ipynb #56a2a03a
 def run_methods(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATES', 'SIGN_KEYS', 'SignError', 'sign_faults', 'SignSet', 'sign_prompts', 'normal_prompts', 'restrict',
-           'read_signs', 'write_signs', 'preset_names', 'preset_path']
+           'read_signs', 'write_signs', 'preset_names', 'preset_path', 'named_signs']
 
 # %% ../nbs/04_signs.ipynb #5b4dd43e
 from dataclasses import dataclass, field, fields, replace
@@ -258,3 +258,11 @@ def preset_path(
     if name not in preset_names():
         raise SignError(f"there are no packaged signs {name!r}: use one of {list(preset_names())}, or your own file")
     return Path(str(files("sdmad_nb") / "assets" / "signs" / f"{name}.json"))
+
+def named_signs(
+    name: str,  # a preset, or a file
+) -> Path:  # SignError where it is neither
+    "Find signs by the name of a preset or a file's path."
+    if name in preset_names(): return preset_path(name)
+    if Path(name).is_file(): return Path(name)
+    raise SignError(f"signs {name!r} is neither a file nor one of the presets {list(preset_names())}")
