@@ -20,7 +20,7 @@ from .data import DataError
 from .phantom import CATEGORIES
 from .pixels import optional, to_8bit
 from .signs import preset_path, read_signs
-from .staging import Row, begin, counts, publish, read_record, refuse_broken, report, store_all
+from .staging import Row, begin, counts, digest, publish, read_record, refuse_broken, report, store_all
 
 # %% ../nbs/03_2_fastmri.ipynb #5b331a6c
 COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
@@ -233,7 +233,8 @@ def fastmri_plus(
     "Prepare fastMRI+: one data set for each slice number."
     labels, slices = read_annotations(annotations, file_list), tuple(slices)
     _check_choices(labels, slices, categories, contrasts, normals)
-    settings = {"categories": list(categories), "contrasts": list(contrasts), "normals": normals}
+    settings = {"categories": list(categories), "contrasts": list(contrasts), "normals": normals,
+                "labels": digest(Path(annotations).read_bytes(), Path(file_list).read_bytes())}
     folders = [Path(out) / f"fastmri_plus-slice{slice}" for slice in slices]
     todo = [(slice, folder) for slice, folder in zip(slices, folders)
             if not begin(folder, images, "fastmri-plus", {**settings, "slice": slice})]

@@ -170,9 +170,9 @@ def picture(
 # %% ../nbs/03_0_pixels.ipynb #ccadd9af
 def image_size(
     made,  # what `picture` returns
-) -> tuple:  # (width, height)
+) -> tuple:  # (width, height), upright
     "Measure a picture in either form."
-    return Image.open(io.BytesIO(made)).size if isinstance(made, bytes) else made.shape[1::-1]
+    return decode(made, "image", formats=FORMATS).size if isinstance(made, bytes) else made.shape[1::-1]
 
 def png(
     values,  # (H, W) or (H, W, 3) uint8, or the bytes of a finished file

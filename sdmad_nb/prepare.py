@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'YES', 'NO', 'ARGUMENTS', 'COMMANDS', 'Entry', 'kind_of', 'find_images', 'entries_of_folders',
            'read_labels', 'entries_of_table', 'Source', 'look', 'look_all', 'rows_of', 'Volumes', 'tasks_of',
-           'own_folder', 'add_options', 'command_line', 'main', 'annotation_counts', 'bmad', 'bmad_split',
-           'chestxray14', 'fastmri_plus', 'label_rows', 'oct2017', 'read_annotations']
+           'own_folder', 'check_folder', 'add_options', 'command_line', 'main', 'annotation_counts', 'bmad',
+           'bmad_split', 'chestxray14', 'fastmri_plus', 'label_rows', 'oct2017', 'read_annotations']
 
 # %% ../nbs/03_prepare.ipynb #aa8a2fb2
 import argparse
@@ -25,13 +25,13 @@ import pandas as pd
 from fastcore.docments import docments
 from PIL import Image
 
-from .data import RESERVED, DataError
+from .data import RESERVED, DataError, label_table, read_dataset
 from .fastmri import annotation_counts, fastmri_plus, label_rows, read_annotations
 from .pixels import (dicom_frame, dicom_info, image_size, mask_picture, nifti_depth, nifti_slices, picture,
                              pseudonym, shrink)
 from .public_sets import SUFFIXES, bmad, bmad_split, chestxray14, finish, oct2017
 from .signs import SignError, named_signs, read_signs
-from .staging import Row, begin, kept_name, keep_secret, report
+from .staging import Row, begin, digest, kept_name, keep_secret, report
 
 _all_ = ["annotation_counts", "bmad", "bmad_split", "chestxray14", "fastmri_plus", "label_rows", "oct2017",
          "read_annotations"]
@@ -276,7 +276,8 @@ def _entries(images, labels, columns, category_columns, finding_column, separato
 def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progress):
     sources = look_all(images, entries, settings["plane"])
     phrases = _check_own(sources, settings, signs)
-    if begin(out, images, "own-folder", {**settings, "salt": pseudonym("salt", salt) if salt else ""}):
+    settings = {**settings, "labels": digest(*entries), "salt": pseudonym("salt", salt) if salt else ""}
+    if begin(out, images, "own-folder", settings):
         print(report(out))
         return out
     if any(source.kind == "dicom" for source in sources): salt = salt or keep_secret(out, secrets.token_hex(16))
@@ -321,8 +322,20 @@ def own_folder(
                 "patient": patient, "slices": list(slices), "plane": plane, "window": list(window), "size": size}
     return _prepare_own(Path(images), Path(out), entries, settings, salt, signs, skip_broken, progress)
 
-# %% ../nbs/03_prepare.ipynb #33f9435c
-COMMANDS = {"fastmri-plus": fastmri_plus, "bmad": bmad, "chestxray14": chestxray14, "oct2017": oct2017, "own-folder": own_folder}
+# %% ../nbs/03_prepare.ipynb #d3846ddf
+def check_folder(
+    data,  # a data-set folder
+    signs: str = "",  # preset or file with the signs; empty = the folder's signs.json
+    progress: bool = True,
+) -> pd.DataFrame:  # images and patients per category; DataError with all faults
+    "Check a data-set folder and count what is in it."
+    counts = label_table(read_dataset(data, read_signs(named_signs(signs)) if signs else None, progress))
+    print(counts.to_string())
+    return counts
+
+# %% ../nbs/03_prepare.ipynb #9674fb2c
+COMMANDS = {"fastmri-plus": fastmri_plus, "bmad": bmad, "chestxray14": chestxray14, "oct2017": oct2017,
+            "own-folder": own_folder, "validate": check_folder}
 
 def _value(text):  # "5" -> 5, "0.5" -> 0.5, other texts stay
     for kind in (int, float):
@@ -348,7 +361,7 @@ def add_options(
         if "action" not in options: options["metavar"] = "N" if isinstance(default, int) else name.upper()
         parser.add_argument(flag, **options)
 
-# %% ../nbs/03_prepare.ipynb #10cb94c9
+# %% ../nbs/03_prepare.ipynb #21b33feb
 def command_line(commands: dict) -> argparse.ArgumentParser:
     "Make a parser with one sub-command for each function."
     parser = argparse.ArgumentParser(prog="python -m sdmad_nb.prepare", description="Turn labelled images into a data set. "
@@ -358,7 +371,7 @@ def command_line(commands: dict) -> argparse.ArgumentParser:
         add_options(parsers.add_parser(name, help=getdoc(function)), function)
     return parser
 
-# %% ../nbs/03_prepare.ipynb #9674fb2c
+# %% ../nbs/03_prepare.ipynb #f13be63e
 def main(
     arguments=None,  # words; None = those of the command line
 ) -> int:  # exit status

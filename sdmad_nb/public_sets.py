@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from .data import DataError, DataSet, Split, dataset_fingerprint
-from .pixels import fitted, mask_picture, picture
+from .pixels import fitted, image_size, mask_picture, picture
 from .signs import preset_path, read_signs
-from .staging import Row, begin, kept_name, publish, refuse_broken, report, store_all
+from .staging import Row, begin, digest, kept_name, publish, refuse_broken, report, store_all
 
 # %% ../nbs/03_3_public_sets.ipynb #198539ff
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -112,8 +111,7 @@ def _bmad_tasks(images, files, masks, benchmark, size):  # -> tasks
     return tasks
 
 def _fitting_mask(mask, image, size):
-    with Image.open(image) as opened: full = opened.size
-    return mask_picture(mask, fitted(full, size))
+    return mask_picture(mask, fitted(image_size(image.read_bytes()), size))
 
 # %% ../nbs/03_3_public_sets.ipynb #cb95205e
 def _bmad_kind(images, kind):  # -> a key of BMAD; DataError
@@ -145,7 +143,8 @@ def bmad(
     if len({verdict for _, verdict, _ in files}) < 2:
         raise DataError(f"images {images} has no good and Ungood images of the parts {', '.join(parts)}: give the folder that "
                         "holds valid and test")
-    if begin(out, images, "bmad", {"category": benchmark.category, "parts": list(parts), "size": size}): print(report(out))
+    settings = {"category": benchmark.category, "parts": list(parts), "size": size, "files": digest(sorted(files.items()), sorted(masks))}
+    if begin(out, images, "bmad", settings): print(report(out))
     else:
         bare = [str(path) for key, path in files.items() if key[1] == "Ungood" and masks and key not in masks]
         finish(out, images, _bmad_tasks(Path(images), files, masks, benchmark, size), [benchmark.category],
@@ -213,7 +212,8 @@ def chestxray14(
     table, paths = _chest_table(labels), {path.name: path for path in find_pictures(images, [".png"])}
     tested, there = _names_in(test_list), table[table.image.isin(paths.keys())]
     wanted = there[[not names or bool(set(names) & set(findings)) for names in there.findings]]
-    if begin(out, images, "chestxray14", {"findings": list(findings), "test_list": bool(test_list), "size": size}):
+    settings = {"findings": list(findings), "size": size, "labels": digest(Path(labels).read_bytes(), sorted(tested))}
+    if begin(out, images, "chestxray14", settings):
         print(report(out))
         return Path(out)
     tasks = [(Row(f"images/{row.image}", row.patient, tuple(name for name in findings if name in row.findings),
@@ -249,7 +249,7 @@ def oct2017(
     tasks = [(row, lambda path=path: picture(images / path, size), None) for path, row in rows.items() if row]
     if not tasks:
         raise DataError(f"images {images} has no file such as CNV/CNV-1016042-1.jpeg: give the folder of OCT2017")
-    if begin(out, images, "oct2017", {"size": size}): print(report(out))
+    if begin(out, images, "oct2017", {"size": size, "files": digest(sorted(rows))}): print(report(out))
     else: finish(out, images, tasks, OCT_CLASSES, read_signs(preset_path("oct2017")), {"files outside OCT2017's layout": strange},
                  skip_broken, progress)
     return Path(out)

@@ -11,6 +11,9 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
 EXPERIMENTS = [path for path in NOTEBOOKS if '"parameters"' in path.read_text(encoding="utf-8")]  # run by papermill
 LIBRARY = [path for path in NOTEBOOKS if path not in EXPERIMENTS]
 
+# public sets (data_links.md), where they are
+REAL = Path(os.environ.get("SDMAD_REAL_DATA") or ROOT.parent / "shared" / "data")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads weights; a missing file should fail at once
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -1,18 +1,19 @@
 "Table 2 from the command line, from end to end: what it leaves, what it reads again, and what it refuses."
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN, ROOT, run
+from conftest import BIN, REAL, ROOT, run
 
 from sdmad_nb.config import Config
+from sdmad_nb.data import draw_split
 from sdmad_nb.experiments import prepare_study, run_methods
-
-REAL = Path(os.environ.get("SDMAD_REAL_DATA") or ROOT.parent / "shared" / "data")  # public sets (data_links.md), where present
 
 
 def table2(results, **parameters):
@@ -113,6 +114,28 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
     if not (REAL / name / "labels.csv").is_file(): pytest.skip(f"{REAL / name} is not there: set SDMAD_REAL_DATA to the folder that holds it")
     monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
     study = prepare_study(Config(epochs=1, split_level="image" if name == "openms_flair" else "patient"), str(REAL / name), 5)
-    records = run_methods(study, [0], tmp_path / "results", ["nothing", "clip", "sd-mad"])
-    assert [record["method"] for record in records] == ["nothing", "clip", "sd-mad"]
-    assert all(0 <= record["metrics"]["hamming"] <= 1 and len(record["metrics"]["auroc"]) == len(study.dataset.categories) for record in records)
+    methods = ["nothing", "clip", "sd-mad-no-ss", "sd-mad"]
+    records = run_methods(study, [0], tmp_path / "results", methods)
+    assert [record["method"] for record in records] == methods
+    for record in records:
+        metrics, positives, tested = record["metrics"], record["split"]["positives"], len(record["split"]["test"])
+        assert 0 <= metrics["subset_accuracy"] <= metrics["hamming"] + 1e-9 <= 1 + 1e-9, "Table 2: decisions on every finding of an image"
+        assert list(metrics["auroc"]) == list(study.dataset.categories), "Table 3: one score for each category"
+        for value, count in zip(metrics["auroc"].values(), positives):
+            assert 0 <= value <= 1 if 0 < count < tested else math.isnan(value)
+        assert np.isclose(metrics["macro_auroc"], np.nanmean(list(metrics["auroc"].values())))
+    assert set(records[0]["metrics"]["auroc"].values()) == {0.5}, "who never looks at an image cannot rank them"
+
+
+def test_split_file_of_the_user_is_used_for_every_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
+    study = prepare_study(Config(), "demo", 5, small=True)
+    mine = tmp_path / "mine.json"
+    drawn = draw_split(study.dataset, 2, 7)
+    mine.write_text(json.dumps({"train": drawn.train, "shots": 2}))
+    study = prepare_study(Config(epochs=1), "demo", 5, small=True, split=str(mine))
+    records = run_methods(study, [0, 1], tmp_path / "results", ["clip"])
+    assert all(record["split"]["train"] == list(drawn.train) and record["config"]["shots"] == 2 for record in records)
+    assert all(record["split"]["test"] == list(drawn.test) for record in records)
+    mine.write_text(json.dumps({"train": drawn.train[:1]}))
+    with pytest.raises(ValueError, match='no image of "train" has'): prepare_study(Config(), "demo", 5, small=True, split=str(mine))
