@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from .config import numpy_generator, write_atomically
+from .signs import SignError, parse_signs
 
 # %% ../nbs/01_data.ipynb #3377ee94
 SHOWN_FAULTS = 100  # lines of one message
@@ -148,12 +149,11 @@ def _read_inside(folder, name, what):  # resolved folder, relative path, words f
     raise DataError(f"{what} {why}")
 
 # %% ../nbs/01_data.ipynb #e11aa9c9
-def _read_csv(path):  # -> header, line numbers, rows of cells, faults; a file with faults may still have rows
-    try: text = path.read_bytes().decode("utf-8-sig")
+def _read_csv(path):  # in a resolved folder -> header, line numbers, rows of cells, faults; may have both rows and faults
+    try: text = _read_inside(path.parent, path.name, path.name).decode("utf-8-sig")
+    except DataError as error: return [], [], [], [str(error)]
     except UnicodeDecodeError as error:
         return [], [], [], [f"{path.name} is not UTF-8 text (byte {error.start}): save it as 'CSV UTF-8'"]
-    except OSError as error:
-        return [], [], [], [f"{path.name} cannot be read ({error.strerror}): add the file to the data set's folder"]
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try: rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if "".join(row).strip()]
     except csv.Error as error:
@@ -282,7 +282,7 @@ def _box_fault(box, sizes, categories):  # {column: text}, {image: (width, heigh
     if box["category"] not in categories:
         return f"category {box['category']!r} is not a column of labels.csv: use one of {', '.join(categories)}"
     try: x, y, width, height = (float(box[column]) for column in BOX_COLUMNS[2:])
-    except ValueError: return "x, y, width and height must be numbers: " + ", ".join(box[c] for c in BOX_COLUMNS[2:])
+    except ValueError: return f"x, y, width, height are {', '.join(box[c] for c in BOX_COLUMNS[2:])}: write four numbers"
     if not np.isfinite([x, y, width, height]).all() or width <= 0 or height <= 0:
         return f"the box is {box['width']} x {box['height']} pixels: give it an area or delete the line"
     full = sizes[box["image"]]
@@ -292,7 +292,7 @@ def _box_fault(box, sizes, categories):  # {column: text}, {image: (width, heigh
 
 # %% ../nbs/01_data.ipynb #f949d4dc
 def _boxes_faults(folder, sizes, categories):  # -> sentences
-    if not (folder / "boxes.csv").exists(): return []
+    if not os.path.lexists(folder / "boxes.csv"): return []
     header, lines, rows, faults = _read_csv(folder / "boxes.csv")
     if faults and not header: return faults
     if sorted(header) != sorted(BOX_COLUMNS):
@@ -302,17 +302,14 @@ def _boxes_faults(folder, sizes, categories):  # -> sentences
 
 # %% ../nbs/01_data.ipynb #747dec35
 def _sign_faults(folder, categories, signs):  # folder, C names, anything with .categories or None -> sentences
-    path, source, known = folder / "signs.json", "the given signs", () if signs is None else signs.categories
+    source = "the given signs"
     if signs is None:
-        if not path.exists(): return []
-        source = path.name
-        try: content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            return [f"signs.json cannot be read ({error}): correct it, or delete it and name a preset of signs"]
-        known = content.get("signs") if isinstance(content, dict) else None
-        if not isinstance(known, dict):
-            return ['signs.json has no object "signs": give it one with a list of phrases for each category']
-        known = [category for category, phrases in known.items() if phrases]
+        source = "signs.json"
+        if not os.path.lexists(folder / source): return []
+        try: signs = parse_signs(_read_inside(folder, source, source), source)
+        except DataError as error: return [str(error)]
+        except SignError as error: return list(error.faults)
+    known = signs.categories
     return [f"{source}: no signs for {category!r}: add a few phrases, or delete the column from labels.csv"
             for category in categories if category not in known]
 
@@ -333,7 +330,7 @@ def _read_labels(folder):  # -> categories, line numbers, {column: cells}, sente
 
 # %% ../nbs/01_data.ipynb #0a311fd2
 def _folder_faults(folder):  # -> sentences
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return ["there is no such folder: give a folder that holds labels.csv and images/, or use the demo, "
                 "which is made on the spot (02_phantom); data_links.md tells how to get public data sets"]
     if (folder / "preparation.json").is_file() and not (folder / "labels.csv").exists():
@@ -341,8 +338,11 @@ def _folder_faults(folder):  # -> sentences
     return []
 
 # %% ../nbs/01_data.ipynb #b013fae6
+def _printable(text):  # a name may hold line breaks or what steers a terminal
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
 def _inspect(folder, signs, progress):  # -> DataSet or None where there are faults, faults
-    folder = Path(folder).expanduser().resolve()
+    folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
     if faults := _folder_faults(folder): return None, faults
     categories, lines, table, faults, row_faults = _read_labels(folder)
     if not table: return None, faults
@@ -353,7 +353,7 @@ def _inspect(folder, signs, progress):  # -> DataSet or None where there are fau
     faults += [f"labels.csv, line {line}: {text}" for line, text in sorted(row_faults, key=lambda fault: fault[0])]
     faults += _boxes_faults(folder, {image: row.size for image, row in zip(table["image"], checked)}, categories)
     faults += _sign_faults(folder, categories, signs)
-    if faults: return None, faults
+    if faults: return None, [_printable(fault) for fault in faults]
     content = hashlib.sha256("".join(row.content.hex() for row in checked).encode()).hexdigest()
     labels = np.array([table[category] for category in categories]).T.astype(np.uint8)  # (N, C)
     split = tuple(part or None for part in table["split"]) if any(table.get("split", ())) else None

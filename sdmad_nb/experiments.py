@@ -6,6 +6,7 @@
 __all__ = ['signs_file', 'open_data', 'check_seeds', 'prepare_study', 'run_methods']
 
 # %% ../nbs/15_experiments.ipynb #ea3fce22
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,8 @@ def open_data(
         few = dict(folder=demo_folder(slice).with_name(f"demo-small-slice{slice}"), images=24, normals=6)
         if signs: signs_file("", signs)  # refuse a wrong name before images are made
         return _open_demo(lambda: make_demo(slice, **(few if small else {})), signs)
-    folder = Path(data).expanduser()
-    if not (folder / "labels.csv").is_file():
+    folder = Path(os.path.expanduser(data))
+    if not os.path.isfile(folder / "labels.csv"):
         raise DataError(f"data {str(data)!r} is not a data-set folder: there is no labels.csv in it; "
                         "set data to demo, or see nbs/01_data.ipynb for the format")
     file = signs_file(folder, signs)

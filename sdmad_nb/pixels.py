@@ -99,7 +99,7 @@ AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 def _volume(path):  # -> nibabel image in the order right, front, up; DataError
     nibabel = optional("nibabel")
     try: volume = nibabel.as_closest_canonical(nibabel.load(path))
-    except Exception as error: raise DataError(f"image {path} is not a NIfTI volume or is cut off ({error})") from error
+    except Exception as error: raise DataError(f"image {path} is not a NIfTI volume or is cut off ({error}): copy it again") from error
     if len(volume.shape) != 3:
         raise DataError(f"image {path} has {len(volume.shape)} dimensions: save one volume of three")
     return volume

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_TEMPLATES', 'SIGN_KEYS', 'SignError', 'sign_faults', 'SignSet', 'sign_prompts', 'normal_prompts', 'restrict',
-           'read_signs', 'write_signs', 'preset_names', 'preset_path', 'named_signs']
+           'parse_signs', 'read_signs', 'write_signs', 'preset_names', 'preset_path', 'named_signs']
 
 # %% ../nbs/04_signs.ipynb #5b4dd43e
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +40,9 @@ DEFAULT_TEMPLATES = (
 # %% ../nbs/04_signs.ipynb #ddea5b94
 class SignError(ValueError):
     "Say what is wrong with a set of signs, where, and what to do about it."
+    def __init__(self, message, faults=()):
+        self.faults = tuple(faults) or (message,)  # sentences that name the file
+        super().__init__(message)
 
 # %% ../nbs/04_signs.ipynb #42784b78
 def _brace_faults(
@@ -204,36 +207,52 @@ def restrict(
     return replace(sign_set, signs={name: sign_set.signs[name] for name in categories}, candidates=kept)
 
 # %% ../nbs/04_signs.ipynb #3cb0551d
-def _load(path: Path):  # SignError where the file cannot be read as JSON
-    "Read a JSON file and list the keys that stand twice in it."
+def _load(data: bytes, name: str):  # SignError where it cannot be read as JSON
+    "Read JSON and list the keys that stand twice in it."
     doubles = []
     def pairs(items):
         names = [name for name, _ in items]
         doubles.extend(sorted({name for name in names if names.count(name) > 1}))
         return dict(items)
-    try: return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs), doubles
-    except OSError as error:
-        raise SignError(f"cannot read {path} ({error.strerror}): give a sign file, "
-                        f"or `preset_path` of one of {list(preset_names())}") from error
+    try: values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs)
     except UnicodeDecodeError as error:
-        raise SignError(f"{path} is not UTF-8 text: save it again with that encoding") from error
+        raise SignError(f"{name} is not UTF-8 text: save it again with that encoding") from error
     except json.JSONDecodeError as error:
-        raise SignError(f"{path}, line {error.lineno}: not JSON ({error.msg}): correct the line, "
+        raise SignError(f"{name}, line {error.lineno}: not JSON ({error.msg}): correct the line, "
                         "or look for a missing comma or quote before it") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise SignError(f"{name} cannot be read ({error}): write it anew") from error
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if re.search("[\ud800-\udfff]", json.dumps([key, value], ensure_ascii=False)):
+            raise SignError(f"{name}: {key!a} has half a character (\\ud800 to \\udfff): write its text anew")
+    return values, doubles
 
 # %% ../nbs/04_signs.ipynb #ea667a21
+def parse_signs(
+    data: bytes,  # content of a sign file, see above
+    name: str,  # words for the message, such as the file's path
+    categories=None,  # names of the label columns, where they are known
+) -> SignSet:  # SignError lists every fault in one message
+    "Read signs from the bytes of a file and check them whole."
+    values, doubles = _load(data, name)
+    faults = [f'the key "{name}" stands twice in one object: merge the two' for name in doubles]
+    faults += sign_faults(values, categories)
+    if faults:
+        message = f"{name}: {faults[0]}" if len(faults) == 1 else "\n- ".join([f"{name}: {len(faults)} faults", *faults])
+        raise SignError(message, [f"{name}: {fault}" for fault in faults])
+    sign_set = SignSet(**values)
+    return sign_set if categories is None else restrict(sign_set, categories)
+
 def read_signs(
     path,  # a sign file, see above
     categories=None,  # names of the label columns, where they are known
 ) -> SignSet:  # SignError lists every fault of the file in one message
     "Read the signs of a data set and check them whole."
-    values, doubles = _load(Path(path))
-    faults = [f'the key "{name}" stands twice in one object: merge the two' for name in doubles]
-    faults += sign_faults(values, categories)
-    if len(faults) == 1: raise SignError(f"{path}: {faults[0]}")
-    if faults: raise SignError("\n- ".join([f"{path}: {len(faults)} faults", *faults]))
-    sign_set = SignSet(**values)
-    return sign_set if categories is None else restrict(sign_set, categories)
+    try: data = Path(path).read_bytes()
+    except OSError as error:
+        raise SignError(f"cannot read {path} ({error.strerror}): give a sign file, "
+                        f"or `preset_path` of one of {list(preset_names())}") from error
+    return parse_signs(data, str(path), categories)
 
 # %% ../nbs/04_signs.ipynb #699163de
 def write_signs(

@@ -5,15 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import h5py
 import nbformat
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 from conftest import BIN, REAL, ROOT, run
 from PIL import Image
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from sdmad_nb.data import read_dataset, validate
+from sdmad_nb.data import DataError, read_dataset, validate
+from sdmad_nb.pixels import dicom_frame, dicom_info, nifti_slices
 from sdmad_nb.prepare import annotation_counts, fastmri_plus, main, read_annotations
 
 LABELS, VOLUMES = REAL / "fastmri_plus" / "brain.csv", REAL / "fastmri_plus" / "brain_file_list.csv"
@@ -191,3 +197,45 @@ def test_whole_path_from_a_folder_to_table2(tmp_path):
                tmp_path / "results", env={**os.environ, "SDMAD_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr
     assert "oct" in (tmp_path / "results" / "table2-smoke" / "table.md").read_text(encoding="utf-8")
+
+
+def spoil(data, generator):
+    "Cut, flip, zero or repeat a piece of a file."
+    data, start = bytearray(data), int(generator.integers(len(data)))
+    end = min(len(data), start + int(generator.integers(1, 40)))
+    how = generator.integers(5)
+    if how == 0: del data[start:]
+    elif how == 1: data[start] ^= 1 << generator.integers(8)
+    elif how == 2: data[start:end] = bytes(end - start)
+    elif how == 3: del data[start:end]
+    else: data[start:start] = data[start:end]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom warns of what it reads nevertheless
+@pytest.mark.parametrize("kind", ["scan.dcm", "volume.nii", "volume.nii.gz"])
+def test_mutated_scans_end_in_a_picture_or_a_sentence(kind, tmp_path):
+    generator, file, tried = np.random.default_rng(0), tmp_path / kind, Counter()
+    write_scan(file, generator) if kind == "scan.dcm" else nibabel.save(nibabel.Nifti1Image(generator.random((9, 8, 7)), np.eye(4)), file)
+    whole = file.read_bytes()
+    for _ in range(150):
+        file.write_bytes(spoil(whole, generator))
+        try:
+            shown = [dicom_frame(file, n) for n in range(min(dicom_info(file)[0], 3))] if kind == "scan.dcm" else [s for _, s in nifti_slices(file)]
+            assert all(picture.dtype == np.uint8 and picture.ndim in (2, 3) for picture in shown)
+            tried["read"] += 1
+        except DataError as error:
+            assert str(file) in str(error) and ":" in str(error)
+            tried["refused"] += 1
+    print(kind, dict(tried))
+    assert tried["refused"] > 5 and sum(tried.values()) == 150
+
+
+def write_scan(file, generator):
+    scan, meta = pydicom.Dataset(), FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID = "1.2.840.10008.5.1.4.1.1.2", generate_uid(), ExplicitVRLittleEndian
+    scan.file_meta, scan.PatientID, scan.Rows, scan.Columns, scan.SamplesPerPixel = meta, "4711", 16, 16, 1
+    scan.BitsAllocated, scan.BitsStored, scan.HighBit, scan.PixelRepresentation, scan.PhotometricInterpretation = 16, 16, 15, 0, "MONOCHROME2"
+    scan.WindowCenter, scan.WindowWidth, scan.RescaleSlope, scan.RescaleIntercept = 40, 400, 1, -1024
+    scan.PixelData = generator.integers(0, 2000, (16, 16)).astype(np.uint16).tobytes()
+    scan.save_as(file, enforce_file_format=True)
