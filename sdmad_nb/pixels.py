@@ -62,6 +62,20 @@ def _dicom_header(path):  # -> pydicom data set without pixels; DataError
     return header
 
 # %% ../nbs/03_0_pixels.ipynb #86e9a6ef
+def _grey(frame, header, window):  # stored numbers (H, W) -> (H, W) uint8
+    pixels = optional("pydicom.pixels")
+    values = pixels.apply_rescale(frame, header)
+    table = header.get("VOILUTSequence") if window is None and "WindowCenter" not in header else None
+    if table: shown = to_8bit(pixels.apply_voi_lut(values, header), (0, 2 ** table[0].LUTDescriptor[2] - 1))
+    else: shown = to_8bit(values, _window(header, window))
+    return 255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown
+
+def _colour(frame, header):  # (H, W, 3) or indices of a palette (H, W) -> (H, W, 3) uint8
+    if frame.ndim == 2: frame = optional("pydicom.pixels").apply_color_lut(frame, header)
+    bits = 8 * frame.dtype.itemsize if header.PhotometricInterpretation == "PALETTE COLOR" else header.BitsStored
+    return to_8bit(frame, (0, 2**bits - 1))
+
+# %% ../nbs/03_0_pixels.ipynb #53e34432
 def dicom_frame(
     path,  # a DICOM file with one frame or several
     number: int = 0,  # of the frame, from 0
@@ -71,14 +85,13 @@ def dicom_frame(
     header, pixels = _dicom_header(path), optional("pydicom.pixels")
     try:
         frame = pixels.pixel_array(path, index=number)
-        if frame.ndim == 3: return frame if frame.dtype == np.uint8 else to_8bit(frame)
-        shown = to_8bit(pixels.apply_rescale(frame, header), _window(header, window))
+        coloured = frame.ndim == 3 or header.PhotometricInterpretation == "PALETTE COLOR"
+        return _colour(frame, header) if coloured else _grey(frame, header, window)
     except Exception as error:
         raise DataError(f"image {path} cannot be decoded ({error}): copy or export it again, or, where it is "
                         "compressed, pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from error
-    return 255 - shown if header.PhotometricInterpretation == "MONOCHROME1" else shown
 
-# %% ../nbs/03_0_pixels.ipynb #12be368e
+# %% ../nbs/03_0_pixels.ipynb #abddc85e
 def pseudonym(
     text: str,  # what must not be seen, such as a PatientID
     salt: str,  # secret; another salt, another word
@@ -93,7 +106,7 @@ def dicom_info(
     header = _dicom_header(path)
     return int(header.get("NumberOfFrames", 1) or 1), str(header.get("PatientID", "") or "").strip()
 
-# %% ../nbs/03_0_pixels.ipynb #abddc85e
+# %% ../nbs/03_0_pixels.ipynb #cb14889e
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 def _volume(path):  # -> nibabel image in the order right, front, up; DataError
@@ -112,7 +125,14 @@ def nifti_depth(
     if plane not in AXES: raise DataError(f"plane is {plane!r}: use one of {', '.join(AXES)}")
     return _volume(path).shape[AXES[plane]]
 
-# %% ../nbs/03_0_pixels.ipynb #cb14889e
+# %% ../nbs/03_0_pixels.ipynb #a82bff36
+def _upright(values, spacing, mask):  # (right or front, front or up) uint8, mm along both -> (H, W)
+    shown = Image.fromarray(np.ascontiguousarray(values[::-1, ::-1].T))
+    width, height = (max(round(side * step / min(spacing)), 1) for side, step in zip(shown.size, spacing))
+    resample = Image.Resampling.NEAREST if mask else Image.Resampling.BILINEAR
+    return np.asarray(shown if (width, height) == shown.size else shown.resize((width, height), resample))
+
+# %% ../nbs/03_0_pixels.ipynb #cae37b0f
 def nifti_slices(
     path,  # a .nii or .nii.gz file
     slices=(),  # numbers along the plane's axis, from 0; empty = all
@@ -126,9 +146,10 @@ def nifti_slices(
     try: values = np.asarray(volume.dataobj, dtype=np.float32)
     except Exception as error: raise DataError(f"image {path} is cut off ({error}): copy it again") from error
     shown = np.where(values > 0, 255, 0).astype(np.uint8) if mask else to_8bit(values)
-    for number in slices or range(depth): yield number, np.take(shown, number, AXES[plane])[::-1, ::-1].T
+    spacing = [float(step) or 1.0 for axis, step in enumerate(volume.header.get_zooms()[:3]) if axis != AXES[plane]]
+    for number in slices or range(depth): yield number, _upright(np.take(shown, number, AXES[plane]), spacing, mask)
 
-# %% ../nbs/03_0_pixels.ipynb #e266436b
+# %% ../nbs/03_0_pixels.ipynb #ccadd9af
 def fitted(
     full: tuple,  # (width, height) in pixels
     size: int,  # largest short side; 0 = any
@@ -147,7 +168,7 @@ def shrink(
     small = fitted(image.size, size)
     return np.asarray(values) if small == image.size else np.asarray(image.resize(small, resample))
 
-# %% ../nbs/03_0_pixels.ipynb #daddccbf
+# %% ../nbs/03_0_pixels.ipynb #866bd7ce
 KEPT = ("PNG", "JPEG", "MPO")  # MPO: a camera's JPEG with a preview
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 
@@ -167,7 +188,7 @@ def picture(
     if kind in KEPT and not deep and fitted(image.size, size) == image.size: return data
     return shrink(to_8bit(image) if deep else np.asarray(image if image.mode == "L" else to_rgb(image)), size)
 
-# %% ../nbs/03_0_pixels.ipynb #ccadd9af
+# %% ../nbs/03_0_pixels.ipynb #a4042d0e
 def image_size(
     made,  # what `picture` returns
 ) -> tuple:  # (width, height), upright
