@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
            'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
-           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'TokenStore', 'frozen_tokens',
-           'PromptBank', 'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
+           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'TokenStore',
+           'frozen_tokens', 'PromptBank', 'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
 
 # %% ../nbs/05_backbone.ipynb #9e13339b
 import hashlib
@@ -370,6 +370,20 @@ def image_features(
     return F.normalize(backbone.image.head(tokens), dim=-1)
 
 # %% ../nbs/05_backbone.ipynb #d83dad8a
+def patch_features(
+    backbone: Backbone,
+    tokens: torch.Tensor,  # (B, 1 + P, W) after block `start`, before that block's adapter
+    start: int,
+    adapters=None,  # {block number: module on tokens}
+) -> torch.Tensor:  # (B, P, D) unit norm, patches row by row as in `backbone.image.grid`
+    "Project every patch the way the image is projected."
+    adapters = adapters or {}
+    if start in adapters: tokens = adapters[start](tokens)
+    tokens = run_blocks(backbone, tokens, start, backbone.depth, {n: module for n, module in adapters.items() if n != start})
+    height, width = backbone.image.grid
+    return F.normalize(backbone.image.project(tokens[:, -height * width:]), dim=-1)
+
+# %% ../nbs/05_backbone.ipynb #5c3b5655
 class TokenStore:
     "Read the frozen tokens of images, taken after block `block`, from their files."
     def __init__(self, files, block): self.files, self.block = list(files), block
@@ -378,7 +392,7 @@ class TokenStore:
     def __getitem__(self, indices):  # (B,) whole numbers -> (B, 1 + P, W)
         return torch.stack([load_file(self.files[int(index)])["tokens"] for index in indices])
 
-# %% ../nbs/05_backbone.ipynb #5c3b5655
+# %% ../nbs/05_backbone.ipynb #06efa25f
 def _sound(file, shape):
     try:
         with safe_open(file, "pt") as stored: return list(stored.get_slice("tokens").get_shape()) == list(shape)
@@ -390,7 +404,7 @@ def _missing(files, shape):  # indices of the files that have to be made
     for index in broken: print(f"cache file {files[index].name} is damaged: computing it again")
     return sorted(absent + broken)
 
-# %% ../nbs/05_backbone.ipynb #06efa25f
+# %% ../nbs/05_backbone.ipynb #30713998
 @torch.no_grad()
 def frozen_tokens(
     backbone: Backbone,
@@ -413,7 +427,7 @@ def frozen_tokens(
             write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
     return TokenStore(files, block)
 
-# %% ../nbs/05_backbone.ipynb #30713998
+# %% ../nbs/05_backbone.ipynb #8d986956
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -421,7 +435,7 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #8d986956
+# %% ../nbs/05_backbone.ipynb #d52b842e
 def check_length(backbone: Backbone, sentences):  # raises ValueError naming the first sentence that is too long
     "Refuse sentences that the tokenizer would cut off."
     length = getattr(backbone.tokenizer, "context_length", None) or 77
@@ -432,7 +446,7 @@ def check_length(backbone: Backbone, sentences):  # raises ValueError naming the
         raise ValueError(f"this prompt has {used} tokens but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #d52b842e
+# %% ../nbs/05_backbone.ipynb #1f61fb63
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -440,7 +454,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #1f61fb63
+# %% ../nbs/05_backbone.ipynb #32d6fb47
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -460,7 +474,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #32d6fb47
+# %% ../nbs/05_backbone.ipynb #10d55b2e
 def text_features(
     backbone: Backbone,
     bank: PromptBank,

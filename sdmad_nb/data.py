@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN_FAULTS', 'MAX_PIXELS', 'RESERVED', 'MIN_SIDE', 'EMPTY', 'NEAR', 'BOX_COLUMNS', 'LEVELS', 'SPLIT_RULES',
            'DataError', 'DataSet', 'to_rgb', 'decode', 'load_rgb', 'load_mask', 'Checked', 'check_row',
-           'duplicate_faults', 'validate', 'read_dataset', 'label_table', 'co_occurrence', 'dataset_fingerprint',
-           'Split', 'indices', 'draw_split', 'write_split', 'read_split']
+           'duplicate_faults', 'read_boxes', 'validate', 'read_dataset', 'label_table', 'co_occurrence',
+           'dataset_fingerprint', 'Split', 'indices', 'draw_split', 'write_split', 'read_split']
 
 # %% ../nbs/01_data.ipynb #1769c5b0
 import csv
@@ -301,6 +301,15 @@ def _boxes_faults(folder, sizes, categories):  # -> sentences
     return faults + [f"boxes.csv, line {line}: {text}" for line, text in found if text]
 
 # %% ../nbs/01_data.ipynb #747dec35
+def read_boxes(
+    dataset: DataSet,  # from `read_dataset`, which has checked them
+) -> pd.DataFrame:  # columns `BOX_COLUMNS`; x, y, width, height in pixels of the upright image
+    "Read the boxes of a data set."
+    header, _, rows, _ = _read_csv(dataset.folder / "boxes.csv") if (dataset.folder / "boxes.csv").is_file() else (BOX_COLUMNS, 0, [], 0)
+    boxes = pd.DataFrame(rows, columns=list(header))[list(BOX_COLUMNS)]
+    return boxes.astype({name: float for name in BOX_COLUMNS[2:]})
+
+# %% ../nbs/01_data.ipynb #2011c123
 def _sign_faults(folder, categories, signs):  # folder, C names, anything with .categories or None -> sentences
     source = "the given signs"
     if signs is None:
@@ -313,7 +322,7 @@ def _sign_faults(folder, categories, signs):  # folder, C names, anything with .
     return [f"{source}: no signs for {category!r}: add a few phrases, or delete the column from labels.csv"
             for category in categories if category not in known]
 
-# %% ../nbs/01_data.ipynb #2011c123
+# %% ../nbs/01_data.ipynb #0a311fd2
 def _read_labels(folder):  # -> categories, line numbers, {column: cells}, sentences, (line, sentence) pairs
     header, lines, rows, faults = _read_csv(folder / "labels.csv")
     if not header: return [], [], {}, faults, []
@@ -328,7 +337,7 @@ def _read_labels(folder):  # -> categories, line numbers, {column: cells}, sente
                for category in categories if set(table[category]) == {"1"}]
     return categories, lines, table, faults, _cell_faults(lines, table, categories)
 
-# %% ../nbs/01_data.ipynb #0a311fd2
+# %% ../nbs/01_data.ipynb #b013fae6
 def _folder_faults(folder):  # -> sentences
     if not os.path.isdir(folder):
         return ["there is no such folder: give a folder that holds labels.csv and images/, or use the demo, "
@@ -337,7 +346,7 @@ def _folder_faults(folder):  # -> sentences
         return ["its preparation has not finished: run the same command again, it goes on where it stopped"]
     return []
 
-# %% ../nbs/01_data.ipynb #b013fae6
+# %% ../nbs/01_data.ipynb #88abc0a9
 def _printable(text):  # a name may hold line breaks or what steers a terminal
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
@@ -360,7 +369,7 @@ def _inspect(folder, signs, progress):  # -> DataSet or None where there are fau
     return DataSet(folder, folder.name, table["image"], table["patient"], tuple(categories), labels, split,
                    masks if any(masks) else None, content), []
 
-# %% ../nbs/01_data.ipynb #88abc0a9
+# %% ../nbs/01_data.ipynb #16de7b5b
 def validate(
     folder,  # a data-set folder
     signs=None,  # signs to use instead of signs.json (anything with `.categories`)
@@ -369,7 +378,7 @@ def validate(
     "List everything that is wrong with a data-set folder."
     return _inspect(folder, signs, progress)[1]
 
-# %% ../nbs/01_data.ipynb #16de7b5b
+# %% ../nbs/01_data.ipynb #c4c45d28
 def read_dataset(
     folder,  # a data-set folder
     signs=None,  # signs to use instead of signs.json (anything with `.categories`)
@@ -380,7 +389,7 @@ def read_dataset(
     if faults: raise DataError(f"the data set {folder} cannot be used", faults)
     return dataset
 
-# %% ../nbs/01_data.ipynb #d639087c
+# %% ../nbs/01_data.ipynb #4afa3137
 def label_table(
     dataset: DataSet,
 ) -> pd.DataFrame:  # rows: C categories, "two or more findings", "normal", "all"; columns: images, patients
@@ -391,7 +400,7 @@ def label_table(
     return pd.DataFrame({"images": {name: int(chosen.sum()) for name, chosen in rows.items()},
                          "patients": {name: len(set(patients[chosen])) for name, chosen in rows.items()}})
 
-# %% ../nbs/01_data.ipynb #4afa3137
+# %% ../nbs/01_data.ipynb #d4153e5b
 def co_occurrence(
     dataset: DataSet,
 ) -> np.ndarray:  # (C, C) images that have both categories
@@ -399,7 +408,7 @@ def co_occurrence(
     labels = dataset.labels.astype(np.int64)
     return labels.T @ labels  # (C, C)
 
-# %% ../nbs/01_data.ipynb #d4153e5b
+# %% ../nbs/01_data.ipynb #e72e1853
 def dataset_fingerprint(
     dataset: DataSet,
 ) -> str:  # 64 hexadecimal digits
@@ -407,7 +416,7 @@ def dataset_fingerprint(
     names = json.dumps([dataset.images, dataset.patients, dataset.categories])
     return hashlib.sha256(names.encode() + dataset.labels.tobytes()).hexdigest()
 
-# %% ../nbs/01_data.ipynb #e72e1853
+# %% ../nbs/01_data.ipynb #b9b31546
 @dataclass(frozen=True)
 class Split:
     "Say which images a model may learn from and which it is tested on."
@@ -419,7 +428,7 @@ class Split:
     test: tuple  # image names
     fingerprint: str = ""  # `dataset_fingerprint` when it was drawn; "" where a user's file does not say
 
-# %% ../nbs/01_data.ipynb #b9b31546
+# %% ../nbs/01_data.ipynb #dd63520d
 def indices(
     dataset: DataSet,
     names,  # image names as in labels.csv
@@ -431,7 +440,7 @@ def indices(
         raise DataError(f"image {unknown[0]!r} is not in {dataset.name} ({len(unknown)} such): check labels.csv")
     return np.array([rows[name] for name in names], dtype=np.int64)
 
-# %% ../nbs/01_data.ipynb #dd63520d
+# %% ../nbs/01_data.ipynb #4d4adab4
 def _draw(dataset, chosen, count, seed, *purpose):  # (N,) bool -> a set of `count` names
     names = sorted(np.array(dataset.images, dtype=object)[chosen])
     order = numpy_generator(seed, "shots", *purpose).permutation(len(names))
@@ -450,7 +459,7 @@ def _support(dataset, allowed, shots, normal_shots, seed):  # -> names; DataErro
     drawn = [_draw(dataset, mask, shots, seed, "category", category) for category, mask in has.items()]
     return set().union(*drawn, _draw(dataset, normal & allowed, normal_shots, seed, "normal"))
 
-# %% ../nbs/01_data.ipynb #4d4adab4
+# %% ../nbs/01_data.ipynb #0e42283f
 LEVELS = ("patient", "image")
 
 def _test_names(dataset, train, level):  # names of the support -> names of the test set; DataError where it is empty
@@ -463,7 +472,7 @@ def _test_names(dataset, train, level):  # names of the support -> names of the 
                         "patients: use fewer shots, or level 'image'")
     return names
 
-# %% ../nbs/01_data.ipynb #0e42283f
+# %% ../nbs/01_data.ipynb #d06d0a0b
 def draw_split(
     dataset: DataSet,
     shots: int,  # K images per category
@@ -484,7 +493,7 @@ def draw_split(
     train = tuple(image for image in dataset.images if image in train)
     return Split(dataset.name, shots, seed, level, train, test, dataset_fingerprint(dataset))
 
-# %% ../nbs/01_data.ipynb #c91de348
+# %% ../nbs/01_data.ipynb #4fe2d9c0
 def write_split(
     split: Split,
     path,  # a .json file
@@ -496,7 +505,7 @@ def write_split(
         raise DataError(f"{path} already holds another split: delete it, or choose another name")
     return write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/01_data.ipynb #4fe2d9c0
+# %% ../nbs/01_data.ipynb #4e5a1a02
 def _names(value):
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
@@ -510,7 +519,7 @@ SPLIT_RULES = {
     "fingerprint": lambda value: isinstance(value, str),
 }
 
-# %% ../nbs/01_data.ipynb #4e5a1a02
+# %% ../nbs/01_data.ipynb #c5ffadf6
 def _split_content(path):  # -> dict; DataError
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -525,7 +534,7 @@ def _split_content(path):  # -> dict; DataError
     if faults: raise DataError(f"the split {path} cannot be used", faults)
     return content
 
-# %% ../nbs/01_data.ipynb #c5ffadf6
+# %% ../nbs/01_data.ipynb #ee905aad
 def _split_faults(dataset, train, test, level):  # -> sentences
     patient, faults = dict(zip(dataset.images, dataset.patients)), []
     unknown = [name for name in (*train, *test) if name not in patient]
@@ -546,7 +555,7 @@ def _split_faults(dataset, train, test, level):  # -> sentences
                       "take one side's images out, or write \"level\": \"image\"")
     return faults
 
-# %% ../nbs/01_data.ipynb #ee905aad
+# %% ../nbs/01_data.ipynb #5eb79511
 def read_split(
     path,  # a .json file
     dataset: DataSet,  # the data set it is for

@@ -20,17 +20,11 @@ from .data import DataError
 from .phantom import CATEGORIES
 from .pixels import optional, to_8bit
 from .signs import preset_path, read_signs
-from .staging import Row, begin, counts, digest, publish, read_record, refuse_broken, report, store_all
+from .staging import Row, begin, counts, digest, publish, read_record, read_table, refuse_broken, report, store_all
 
 # %% ../nbs/03_2_fastmri.ipynb #5b331a6c
 COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
 BOX = COLUMNS[3:7]
-
-def _read_table(path, header=0):  # CSV -> DataFrame of stripped texts; DataError
-    try: table = pd.read_csv(path, dtype=str, na_filter=False, header=header, encoding="utf-8-sig")
-    except OSError as error: raise DataError(f"{path} cannot be read ({error.strerror}): check the path") from error
-    except ValueError as error: raise DataError(f"{path} is no table ({error}): download it again") from error
-    return table.apply(lambda column: column.str.strip())
 
 def _row_faults(rows, name):  # DataFrame of texts, file name -> sentences
     boxed = rows.study_level == "No"
@@ -52,7 +46,7 @@ def read_annotations(
     file_list,  # fastMRI+'s brain_file_list.csv, one volume a line
 ) -> Annotations:  # DataError with all faults of both files
     "Read fastMRI+'s labels and the list of reviewed volumes."
-    rows, volumes = _read_table(annotations), _read_table(file_list, header=None)
+    rows, volumes = read_table(annotations), read_table(file_list, header=None)
     if missing := [column for column in COLUMNS if column not in rows]:
         raise DataError(f"{annotations} has no column {', '.join(missing)}: is it fastMRI+'s brain.csv?")
     names = tuple(dict.fromkeys(name.removesuffix(".h5") for name in volumes[0] if name))
@@ -223,9 +217,9 @@ def fastmri_plus(
     annotations,  # fastMRI+'s brain.csv
     file_list,  # fastMRI+'s brain_file_list.csv
     out,  # folder for the data sets fastmri_plus-slice0, ...
-    slices=(0, 5, 10),  # slice numbers
-    categories=CATEGORIES,  # labels of fastMRI+
-    contrasts=(),  # such as AXFLAIR AXT1 AXT1POST; empty = all
+    slices: tuple[int, ...] = (0, 5, 10),  # slice numbers
+    categories: tuple[str, ...] = CATEGORIES,  # labels of fastMRI+
+    contrasts: tuple[str, ...] = (),  # such as AXFLAIR AXT1 AXT1POST; empty = all
     normals: str = "volumes",  # volumes, slices or none: which slices count as normal
     skip_broken: bool = False,  # leave out volumes that cannot be read, and list them
     progress: bool = True,
@@ -234,7 +228,8 @@ def fastmri_plus(
     labels, slices = read_annotations(annotations, file_list), tuple(slices)
     _check_choices(labels, slices, categories, contrasts, normals)
     settings = {"categories": list(categories), "contrasts": list(contrasts), "normals": normals,
-                "labels": digest(Path(annotations).read_bytes(), Path(file_list).read_bytes())}
+                "labels": digest(Path(annotations).read_bytes(), Path(file_list).read_bytes()),
+                "files": digest(sorted(path.name for path in Path(images).rglob("*.h5")))}
     folders = [Path(out) / f"fastmri_plus-slice{slice}" for slice in slices]
     todo = [(slice, folder) for slice, folder in zip(slices, folders)
             if not begin(folder, images, "fastmri-plus", {**settings, "slice": slice})]

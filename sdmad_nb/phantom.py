@@ -478,5 +478,7 @@ def make_demo(
         written = Parallel(jobs, return_as="generator")(delayed(_write_image)(row, (slice, draw), work) for row in rows)
         written = tqdm(written, total=len(rows), desc=f"demo images, slice {slice}", unit="image")
         _write_tables(work, rows, [box for found in written for box in found])
-        os.replace(work, folder)
+        try: os.replace(work, folder)
+        except OSError:  # another process may have made the same meanwhile
+            if not (folder / "labels.csv").is_file(): raise
     return folder

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'YES', 'NO', 'ARGUMENTS', 'COMMANDS', 'Entry', 'kind_of', 'find_images', 'entries_of_folders',
-           'read_labels', 'entries_of_table', 'Source', 'look', 'look_all', 'rows_of', 'Volumes', 'tasks_of',
+           'entries_of_table', 'Source', 'BrokenFile', 'look', 'look_all', 'rows_of', 'Volumes', 'tasks_of', 'notes',
            'own_folder', 'check_folder', 'add_options', 'command_line', 'main', 'annotation_counts', 'bmad',
            'bmad_split', 'chestxray14', 'fastmri_plus', 'label_rows', 'oct2017', 'read_annotations']
 
@@ -20,18 +20,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import Parameter, getdoc
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 from fastcore.docments import docments
 from PIL import Image
 
-from .data import RESERVED, DataError, label_table, read_dataset
+from .data import MIN_SIDE, RESERVED, DataError, label_table, read_dataset
 from .fastmri import annotation_counts, fastmri_plus, label_rows, read_annotations
-from .pixels import (dicom_frame, dicom_info, image_size, mask_picture, nifti_depth, nifti_slices, picture,
+from .pixels import (AXES, dicom_frame, dicom_info, image_size, mask_picture, nifti_info, nifti_slices, picture,
                              pseudonym, shrink)
-from .public_sets import SUFFIXES, bmad, bmad_split, chestxray14, finish, oct2017
+from .public_sets import SUFFIXES, bmad, bmad_split, chestxray14, finish, list_files, oct2017
 from .signs import SignError, named_signs, read_signs
-from .staging import Row, begin, digest, kept_name, keep_secret, report
+from .staging import Row, begin, digest, kept_name, keep_secret, read_table, report
 
 _all_ = ["annotation_counts", "bmad", "bmad_split", "chestxray14", "fastmri_plus", "label_rows", "oct2017",
          "read_annotations"]
@@ -48,35 +49,32 @@ class Entry:
     slice: int = None  # of a volume or film; None = all
     place: str = ""  # words for a message, such as "my.csv, line 3"
 
+ENDINGS = {"picture": SUFFIXES, "nifti": (".nii", ".nii.gz"), "dicom": (".dcm", ".dicom", ".ima")}
+
 def kind_of(
-    path,  # a file's name
-) -> str:  # "dicom", "nifti" or "picture"; DataError where the ending says nothing
-    "Tell a format by the file's ending; DICOM files may have none."
-    name = str(path).lower()
-    if name.endswith((".nii", ".nii.gz")): return "nifti"
-    if name.endswith((".dcm", ".dicom", ".ima")) or not Path(name).suffix: return "dicom"
-    if name.endswith(SUFFIXES): return "picture"
-    raise DataError(f"image {path} ends in {Path(name).suffix}: use {', '.join(SUFFIXES)}, .dcm, .nii or .nii.gz")
+    path: Path,
+) -> str:  # "dicom", "nifti", "picture" or "" where it is none of these
+    "Tell a format by the file's ending or, DICOM files having any or none, by DICOM's own mark."
+    for kind, endings in ENDINGS.items():
+        if path.name.lower().endswith(endings): return kind
+    if path.name.upper() == "DICOMDIR" or not path.is_file(): return ""
+    with path.open("rb") as file: return "dicom" if file.read(132)[128:] == b"DICM" else ""
 
 # %% ../nbs/03_prepare.ipynb #c019dcaf
-ENDINGS = (*SUFFIXES, ".dcm", ".dicom", ".ima", ".nii", ".nii.gz")
-
 def find_images(
     images,  # folder
 ) -> list:  # sorted paths relative to it; DataError where there are none
-    "List the files of a folder that can be read: by their ending or, where there is none, by DICOM's own mark."
+    "List the files of a folder that can be read."
     if not Path(images).is_dir(): raise DataError(f"images {images} is no folder: give the folder with the images")
-    files = sorted(path for path in Path(images).rglob("*") if path.is_file() and path.name[0] != ".")
-    found = [path.relative_to(images) for path in files if path.name.lower().endswith(ENDINGS) or not path.suffix and _is_dicom(path)]
-    if not found: raise DataError(f"images {images} has no file ending in {', '.join(ENDINGS)}: is it the right folder?")
+    found = [path for path in list_files(images) if kind_of(Path(images) / path)]
+    if not found:
+        known = ", ".join(ending for endings in ENDINGS.values() for ending in endings)
+        raise DataError(f"images {images} has no file ending in {known}: is it the right folder?")
     return found
-
-def _is_dicom(path):
-    with path.open("rb") as file: return file.read(132)[128:] == b"DICM"
 
 # %% ../nbs/03_prepare.ipynb #1e685c26
 def _findings(text, separator, normal):  # cell or folder name -> names
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(separator)))
+    names = tuple(dict.fromkeys(name.strip() for name in (text.split(separator) if separator else [text])))
     return tuple(name for name in names if name and name.lower() != normal.lower())
 
 def entries_of_folders(
@@ -93,19 +91,6 @@ def entries_of_folders(
 
 # %% ../nbs/03_prepare.ipynb #adfa58f8
 YES, NO = ("1", "1.0", "true", "yes", "y"), ("0", "0.0", "false", "no", "n")
-
-def read_labels(
-    labels,  # CSV, separated by commas, semicolons or tabs, as its first line says
-) -> pd.DataFrame:  # texts; DataError
-    "Read the owner's table as texts."
-    try:
-        with open(labels, encoding="utf-8-sig") as file: header = file.readline()
-        table = pd.read_csv(labels, dtype=str, na_filter=False, sep=max(",;\t", key=header.count), encoding="utf-8-sig",
-                            skip_blank_lines=False)
-    except OSError as error: raise DataError(f"labels {labels} cannot be read ({error.strerror}): check the path") from error
-    except (ValueError, TypeError) as error: raise DataError(f"labels {labels} is no CSV in UTF-8 ({error}): save it as 'CSV UTF-8'") from error
-    table = table.rename(columns=str.strip).apply(lambda column: column.str.strip())
-    return table[(table != "").any(axis=1)]
 
 def _column_faults(table, columns, labels):  # {argument: names} -> DataError with all of them
     missing = [f"--{argument.replace('_', '-')} {name!r}" for argument, names in columns.items() for name in names
@@ -125,12 +110,17 @@ def _entry(row, place, columns, categories, finding_column, separator, normal): 
     if finding_column and not row[finding_column]:
         faults.append(f"{place}: {finding_column!r} is empty: write a finding or {normal!r}")
     if not cell("image_column"): faults.append(f"{place}: no image: write the path of its file")
+    if columns["patient_column"] and not cell("patient_column"):
+        faults.append(f"{place}: no patient: write whose image it is; a number of its own will do")
+    faults += [f"{place}: {cell(key)} has a backslash: write / between folders"
+               for key in ("image_column", "mask_column") if "\\" in cell(key)]
     if cell("split_column") not in ("", "train", "test"):
         faults.append(f"{place}: split is {cell('split_column')!r}: write train, test or nothing")
     number = cell("slice_column")
     if number and not number.isdigit(): faults.append(f"{place}: slice is {number!r}: write a whole number from 0 on")
-    return Entry(cell("image_column"), findings, cell("patient_column"), cell("split_column"), cell("mask_column"),
-                 int(number) if number.isdigit() else None, place), faults
+    paths = [os.path.normpath(cell(key)) if cell(key) else "" for key in ("image_column", "mask_column")]
+    return Entry(paths[0], findings, cell("patient_column"), cell("split_column"), paths[1], int(number) if number.isdigit() else None,
+                 place), faults
 
 # %% ../nbs/03_prepare.ipynb #870f8c72
 def entries_of_table(
@@ -144,7 +134,8 @@ def entries_of_table(
     "Read labels from a table."
     if bool(category_columns) == bool(finding_column):
         raise DataError("labels: name either --category-columns, one column for each finding, or one --finding-column")
-    table = read_labels(labels)
+    table = read_table(labels)
+    table = table[(table != "").any(axis=1)]  # empty lines
     _column_faults(table, {**{key: [name] for key, name in columns.items()}, "category_columns": category_columns,
                            "finding_column": [finding_column]}, labels)
     read = [_entry(row, f"{Path(labels).name}, line {number + 2}", columns, category_columns, finding_column, separator, normal)
@@ -159,7 +150,10 @@ class Source:
     entry: Entry
     kind: str  # of `kind_of`
     count: int = 1  # slices or frames
-    dicom_patient: str = ""
+    dicom_patient: str = ""  # as the file says it
+
+class BrokenFile(DataError):
+    "Say that a file cannot be opened, which is no fault of the labels."
 
 # %% ../nbs/03_prepare.ipynb #d3ceb39b
 def look(
@@ -168,59 +162,76 @@ def look(
     plane: str = "axial",
 ) -> Source:  # DataError
     "Open the header of one file."
-    path = images / entry.source
     for name in filter(None, (entry.source, entry.mask)):
         if Path(name).is_absolute() or ".." in Path(name).parts: raise DataError(f"{entry.place}: {name} leaves the folder of images")
         if not (images / name).is_file(): raise DataError(f"{entry.place}: {name} is not among the images: correct the path")
-    kind = kind_of(entry.source)
-    source = Source(entry, kind)
-    if kind == "dicom": source = Source(entry, kind, *dicom_info(path))
-    if kind == "nifti": source = Source(entry, kind, nifti_depth(path, plane))
+    path, kind = images / entry.source, kind_of(images / entry.source)
+    if not kind: raise DataError(f"{entry.place}: {entry.source} is no picture, DICOM or NIfTI file: convert it")
+    try: known = dicom_info(path) if kind == "dicom" else nifti_info(path, plane)[:1] if kind == "nifti" else ()
+    except DataError as error: raise BrokenFile(str(error)) from error
+    source = Source(entry, kind, *known)
     if entry.slice is not None and entry.slice >= source.count:
         raise DataError(f"{entry.place}: {entry.source} has slices 0 to {source.count - 1}, not {entry.slice}")
-    if entry.mask and kind_of(entry.mask) == "dicom": raise DataError(f"{entry.place}: mask {entry.mask}: save it as PNG or NIfTI")
+    if entry.mask: _check_mask(images, source, plane)
     return source
 
+def _check_mask(images, source, plane):  # DataError where a mask cannot belong to its image
+    entry, kind = source.entry, kind_of(images / source.entry.mask)
+    where = f"{entry.place}: mask {entry.mask}"
+    if kind not in ("picture", "nifti"): raise DataError(f"{where}: save it as PNG or NIfTI")
+    if kind == "picture" and source.count > 1 and entry.slice is None:
+        raise DataError(f"{where} is one picture and {entry.source} has {source.count}: name the slice (--slice-column)")
+    if kind == "nifti" and source.kind != "nifti": raise DataError(f"{where} is a volume and {entry.source} is none")
+    if kind == "nifti" and (places := [nifti_info(images / name, plane)[1] for name in (entry.mask, entry.source)])[0] != places[1]:
+        raise DataError(f"{where} does not lie on {entry.source} (size and affine {places[0]} and {places[1]}): resample it to the image")
+
 # %% ../nbs/03_prepare.ipynb #7b829767
-def look_all(images, entries, plane):  # -> sources; DataError with all faults
-    sources, faults = [], []
-    for entry in entries:
+def look_all(
+    images: Path,  # folder
+    entries: list,  # of Entry
+    plane: str = "axial",
+    skip_broken: bool = False,  # leave out files that cannot be opened
+) -> tuple:  # sources in the order of their files, sentences on broken files; DataError with all faults
+    "Open the headers of all files."
+    sources, faults, broken = [], [], []
+    for entry in sorted(entries, key=lambda entry: entry.source):
         try: sources.append(look(images, entry, plane))
+        except BrokenFile as error: broken.append(str(error))
         except DataError as error: faults.append(str(error))
+    if broken and not skip_broken: faults += [f"{text} (--skip-broken leaves it out)" for text in broken]
     if faults: raise DataError(f"images {images} and their labels do not fit", faults)
-    return sources
+    return sources, broken
 
 # %% ../nbs/03_prepare.ipynb #f40a464b
-def _owner(source, patient, salt):  # -> name of the patient
-    entry = source.entry
-    if source.kind == "dicom" and (entry.patient or source.dicom_patient): return pseudonym(entry.patient or source.dicom_patient, salt)
-    found = re.search(patient, entry.source) if patient and not entry.patient else None
-    return entry.patient or (found[1] if found else pseudonym(entry.source, salt) if source.kind == "dicom" else entry.source)
+def _owner(source, patient):  # -> what names the patient, in clear
+    found = re.search(patient, source.entry.source) if patient else None
+    return source.entry.patient or (found and found[1]) or source.dicom_patient or source.entry.source
 
 def rows_of(
     source: Source,
     slices=(),  # numbers that are wanted of volumes and films; empty = all
     patient: str = "",  # regular expression with one group
-    salt: str = "",
+    salt: str = "",  # where there is one, names are replaced by pseudonyms
     size: int = 0,
 ) -> list:  # (Row, number of the slice or frame)
     "Name the images that one file becomes."
-    entry, stem = source.entry, re.sub(r"(\.nii)?(\.gz)?$", "", source.entry.source)
-    stem = pseudonym(entry.source, salt) if source.kind == "dicom" else stem
-    name = kept_name(entry.source, size) if source.kind == "picture" else stem + ".png"
+    entry, owner = source.entry, _owner(source, patient)
+    kept = kept_name(entry.source, size) if source.kind == "picture" else entry.source + ".png"
+    name = pseudonym(entry.source, salt) + Path(kept).suffix if salt else re.sub(r"(\.nii)?(\.gz)?\.png$", ".png", kept)
+    stem = os.path.splitext(name)[0]
     numbers = [entry.slice] if entry.slice is not None else [n for n in range(source.count) if not slices or n in slices]
     if source.kind == "picture" or (source.kind == "dicom" and source.count == 1): numbers = [0]
     several = source.kind == "nifti" or source.count > 1
     names = {n: f"{stem}_{n:03}.png" if several else name for n in numbers}
-    return [(Row(f"images/{names[n]}", _owner(source, patient, salt), entry.findings, entry.split,
-                 f"masks/{Path(names[n]).with_suffix('.png').as_posix()}" if entry.mask else ""), n) for n in numbers]
+    return [(Row(f"images/{names[n]}", pseudonym(owner, salt) if salt else owner, entry.findings, entry.split,
+                 f"masks/{names[n]}.png".replace(".png.png", ".png") if entry.mask else ""), n) for n in numbers]
 
 # %% ../nbs/03_prepare.ipynb #630f3a17
 class Volumes:
     "Cut slices out of volumes, of which the last four stay in memory."
-    def __init__(self, plane):
+    def __init__(self, plane, window=None):
         self.lock = threading.Lock()
-        self.read = lru_cache(4)(lambda path, mask: dict(nifti_slices(path, (), plane, mask)))
+        self.read = lru_cache(4)(lambda path, mask: dict(nifti_slices(path, (), plane, mask, window)))
 
     def __call__(self, path, number, mask=False):
         with self.lock: return self.read(path, mask)[number]
@@ -242,27 +253,46 @@ def tasks_of(
         return shrink(shown, size)
     def outline(number):
         full = image_size(image(number))
-        if kind_of(source.entry.mask) == "picture": return mask_picture(mask, full)
+        if kind_of(mask) == "picture": return mask_picture(mask, full)
         return shrink(volumes(mask, number, True), size, Image.Resampling.NEAREST)
     return [(row, lambda n=n: image(n), (lambda n=n: outline(n)) if row.mask else None) for row, n in rows]
 
 # %% ../nbs/03_prepare.ipynb #801d78d7
-def _check_own(sources, settings, signs):  # DataError with all faults -> SignSet or None
-    categories, patient, window = settings["categories"], settings["patient"], settings["window"]
-    faults = [f"a finding is called {name!r}, a column of labels.csv: rename it" for name in categories if name in RESERVED]
-    if not categories: faults.append("no image has a finding: nothing could be learned")
+def _choice_faults(settings):  # -> sentences
+    names, patient, window = settings["categories"], settings["patient"], settings["window"]
+    faults = [f"a finding is called {name!r}, a column of labels.csv: rename it" for name in names if name in RESERVED]
+    alike = Counter(name.casefold() for name in names)
+    faults += [f"finding {name!r} is there twice, perhaps in upper and lower case: use one name" for name in names if alike[name.casefold()] > 1]
+    if not names: faults.append("no image has a finding: nothing could be learned")
     try:
         if patient and re.compile(patient).groups != 1: faults.append(f"patient {patient!r} needs one group, such as (\\d+)_")
     except re.error as error: faults.append(f"patient {patient!r} is no regular expression ({error})")
     if window and (len(window) != 2 or window[1] <= 0): faults.append(f"window is {list(window)}: give a centre and a width > 0")
-    times = Counter((source.entry.source, source.entry.slice) for source in sources)
-    faults += [f"{source.entry.place}: {source.entry.source} is listed {times[key]} times: delete one" for source in sources
+    if settings["plane"] not in AXES: faults.append(f"plane is {settings['plane']!r}: use one of {', '.join(AXES)}")
+    if settings["size"] and settings["size"] < MIN_SIDE: faults.append(f"size is {settings['size']}: at least {MIN_SIDE} pixels, or 0")
+    return faults + [f"slice {number} is no whole number from 0 on" for number in settings["slices"] if number < 0]
+
+# %% ../nbs/03_prepare.ipynb #107e5ecd
+def _check_own(sources, settings, signs):  # DataError with all faults -> SignSet or None
+    faults, times = _choice_faults(settings), Counter((source.entry.source, source.entry.slice) for source in sources)
+    faults += [f"{source.entry.place}: {source.entry.source} is listed {times[key]} times: delete a line" for source in sources
                if times[key := (source.entry.source, source.entry.slice)] > 1]
+    for name in settings["categories"]:
+        found = sum(name in source.entry.findings for source in sources)
+        if found in (0, len(sources)):
+            faults.append(f"{'every' if found else 'no'} image has {name!r}: nothing can be learned of it: add other images, or take it out")
+    if settings["window"] and all(source.kind == "picture" for source in sources):
+        faults.append("window is for DICOM and NIfTI, and there are only pictures: leave it out")
+    if settings["patient"] and not faults:
+        lost = [source.entry.source for source in sources if not source.entry.patient
+                and not ((found := re.search(settings["patient"], source.entry.source)) and found[1])]
+        faults += [f"patient {settings['patient']!r} is not in {lost[0]} ({len(lost)} such): correct it"] if lost else []
     chosen = read_signs(named_signs(signs)) if signs else None
-    faults += [f"signs {signs}: no phrases for {name!r}: add some" for name in categories if chosen and name not in chosen.categories]
+    faults += [f"signs {signs}: no phrases for {name!r}: add some" for name in settings["categories"] if chosen and name not in chosen.categories]
     if faults: raise DataError("own_folder cannot start", faults)
     return chosen
 
+# %% ../nbs/03_prepare.ipynb #92a8a14c
 ARGUMENTS = ("image_column", "patient_column", "split_column", "mask_column", "slice_column")
 
 def _entries(images, labels, columns, category_columns, finding_column, separator, normal):
@@ -272,33 +302,57 @@ def _entries(images, labels, columns, category_columns, finding_column, separato
         raise DataError(f"columns are named ({', '.join(given)}) but no --labels file")
     return entries_of_folders(images, separator, normal)
 
-# %% ../nbs/03_prepare.ipynb #107e5ecd
-def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progress):
-    sources = look_all(images, entries, settings["plane"])
-    phrases = _check_own(sources, settings, signs)
-    settings = {**settings, "labels": digest(*entries), "salt": pseudonym("salt", salt) if salt else ""}
-    if begin(out, images, "own-folder", settings):
-        print(report(out))
-        return out
-    if any(source.kind == "dicom" for source in sources): salt = salt or keep_secret(out, secrets.token_hex(16))
-    patient, size, volumes = settings["patient"], settings["size"], Volumes(settings["plane"])
-    planned = [(source, rows_of(source, settings["slices"], patient, salt, size)) for source in sources]
-    tasks = [task for source, rows in planned for task in tasks_of(images, source, rows, volumes, settings["window"] or None, size)]
-    used = {os.path.normpath(name) for entry in entries for name in (entry.source, entry.mask)}
-    rest = sorted(path.relative_to(images).as_posix() for path in images.rglob("*") if path.is_file())
-    if all(row.patient == source.entry.source for source, rows in planned for row, _ in rows):
-        print("note: nothing says whose images these are, so each file counts as a patient of its own (--patient-column, --patient)")
-    left_out = {"files that are not used": [name for name in rest if name not in used]}
-    return finish(out, images, tasks, settings["categories"], phrases, left_out, skip_broken, progress)
+# %% ../nbs/03_prepare.ipynb #fff93965
+def notes(
+    sources: list,  # of Source
+    settings: dict,
+) -> list:  # sentences
+    "Point out what may not be meant."
+    said, count = [], len(sources)
+    owners = Counter(_owner(source, settings["patient"]) for source in sources)
+    alone = sum(_owner(source, settings["patient"]) == source.entry.source for source in sources)
+    if alone: said.append(f"of {alone} of {count} files nothing says whose they are, so each counts as a patient of its own (--patient-column, --patient)")
+    if count > 2 and len(owners) == 1: said.append("all files are of one patient: is that so? Shots and test images need different ones")
+    if all(source.entry.findings for source in sources):
+        said.append(f"no image is normal among the findings {', '.join(settings['categories'])} (--normal says what normal ones are called)")
+    whole = [source for source in sources if source.count > 1 and source.entry.slice is None and source.entry.findings]
+    if whole: said.append(f"{len(whole)} volumes or films have findings and no slice is named, so all their slices get them (--slice-column)")
+    return said
 
-# %% ../nbs/03_prepare.ipynb #92a8a14c
+# %% ../nbs/03_prepare.ipynb #321754f4
+def _hider(entries, rest, salt):  # -> function on sentences, or None where nothing is secret
+    if not salt: return None
+    names = sorted({*rest, *(name for entry in entries for name in (entry.source, entry.mask) if name)}, key=len)
+    def hide(text):
+        for name in reversed(names): text = text.replace(name, pseudonym(name, salt))
+        return text
+    return hide
+
+def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progress):
+    sources, broken = look_all(images, entries, settings["plane"], skip_broken)
+    phrases = _check_own(sources, settings, signs)
+    settings = {**settings, "labels": digest(*entries), "signs": digest(phrases), "salt": pseudonym("salt", salt) if salt else ""}
+    for note in notes(sources, settings): print(f"note: {note}")
+    if begin(out, images, "own-folder", settings): return print(report(out)) or out
+    salt = (salt or keep_secret(out, secrets.token_hex(16))) if any(source.kind == "dicom" for source in sources) else ""
+    window, size = settings["window"] or None, settings["size"]
+    volumes, planned = Volumes(settings["plane"], window), [rows_of(source, settings["slices"], settings["patient"], salt, size) for source in sources]
+    tasks = [task for source, rows in zip(sources, planned) for task in tasks_of(images, source, rows, volumes, window, size)]
+    used = {name for entry in entries for name in (entry.source, entry.mask)}
+    rest = [path.as_posix() for path in list_files(images) if path.as_posix() not in used]
+    if rest: print(f"not used: {', '.join(rest[:10])}{f' and {len(rest) - 10} more' if len(rest) > 10 else ''}")
+    left_out = {"files that are not used": rest, "files that cannot be opened": broken}
+    return finish(out, images, tasks, settings["categories"], phrases, left_out, skip_broken, progress, strict=True,
+                  hide=_hider(entries, rest, salt))
+
+# %% ../nbs/03_prepare.ipynb #2140880e
 def own_folder(
     images,  # folder with the images
     out,  # folder for the data set
     labels: str = "",  # CSV; empty = the sub-folders' names are the findings
     image_column: str = "image",  # of the CSV: path of the file, inside the folder
     patient_column: str = "",  # whose image it is
-    category_columns: tuple = (),  # one column of 0 and 1 for each finding
+    category_columns: tuple[str, ...] = (),  # one column of 0 and 1 for each finding
     finding_column: str = "",  # or one column with the names of the findings
     split_column: str = "",  # train, test or nothing
     mask_column: str = "",  # path of a mask, inside the folder
@@ -306,9 +360,9 @@ def own_folder(
     separator: str = "|",  # between findings
     normal: str = "normal",  # what images without a finding are called
     patient: str = "",  # regular expression whose group is the patient, such as (P[0-9]+)_
-    slices: tuple = (),  # numbers wanted of volumes and films, from 0; empty = all
+    slices: tuple[int, ...] = (),  # numbers wanted of volumes and films, from 0 in the file's order; empty = all
     plane: str = "axial",  # of volumes: axial, coronal or sagittal
-    window: tuple = (),  # DICOM: centre and width, such as 40 400; empty = the file's own
+    window: tuple[float, ...] = (),  # centre and width, such as 40 400; empty = the DICOM file's own, else percentiles
     salt: str = "",  # DICOM: secret of the pseudonyms; empty = drawn once and forgotten
     signs: str = "",  # preset or file with the signs; empty = write signs.json later
     size: int = 0,  # largest short side in pixels; 0 keeps the images as they are
@@ -322,7 +376,7 @@ def own_folder(
                 "patient": patient, "slices": list(slices), "plane": plane, "window": list(window), "size": size}
     return _prepare_own(Path(images), Path(out), entries, settings, salt, signs, skip_broken, progress)
 
-# %% ../nbs/03_prepare.ipynb #d3846ddf
+# %% ../nbs/03_prepare.ipynb #4d20b4bf
 def check_folder(
     data,  # a data-set folder
     signs: str = "",  # preset or file with the signs; empty = the folder's signs.json
@@ -331,17 +385,12 @@ def check_folder(
     "Check a data-set folder and count what is in it."
     counts = label_table(read_dataset(data, read_signs(named_signs(signs)) if signs else None, progress))
     print(counts.to_string())
+    if not signs and not (Path(data) / "signs.json").is_file(): print("note: there is no signs.json yet, and experiments need one (04_signs)")
     return counts
 
-# %% ../nbs/03_prepare.ipynb #9674fb2c
+# %% ../nbs/03_prepare.ipynb #af18be4d
 COMMANDS = {"fastmri-plus": fastmri_plus, "bmad": bmad, "chestxray14": chestxray14, "oct2017": oct2017,
             "own-folder": own_folder, "validate": check_folder}
-
-def _value(text):  # "5" -> 5, "0.5" -> 0.5, other texts stay
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
-    return text
 
 def add_options(
     parser: argparse.ArgumentParser,
@@ -356,12 +405,12 @@ def add_options(
         options = {"help": (info.docment or "").replace("%", "%%") + shown, "dest": name}
         if default is Parameter.empty: options |= {"required": True, "help": info.docment}
         elif isinstance(default, bool): options["action"] = "store_true"
-        elif isinstance(default, tuple): options |= {"nargs": "+", "type": _value, "default": default}
+        elif isinstance(default, tuple): options |= {"nargs": "+", "type": get_args(info.anno)[0], "default": default}
         else: options |= {"type": type(default), "default": default}
         if "action" not in options: options["metavar"] = "N" if isinstance(default, int) else name.upper()
         parser.add_argument(flag, **options)
 
-# %% ../nbs/03_prepare.ipynb #21b33feb
+# %% ../nbs/03_prepare.ipynb #637225cc
 def command_line(commands: dict) -> argparse.ArgumentParser:
     "Make a parser with one sub-command for each function."
     parser = argparse.ArgumentParser(prog="python -m sdmad_nb.prepare", description="Turn labelled images into a data set. "
@@ -371,7 +420,7 @@ def command_line(commands: dict) -> argparse.ArgumentParser:
         add_options(parsers.add_parser(name, help=getdoc(function)), function)
     return parser
 
-# %% ../nbs/03_prepare.ipynb #f13be63e
+# %% ../nbs/03_prepare.ipynb #2b667ebb
 def main(
     arguments=None,  # words; None = those of the command line
 ) -> int:  # exit status

@@ -18,6 +18,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from sdmad_nb import fastmri
 from sdmad_nb.data import DataError, read_dataset, validate
 from sdmad_nb.pixels import dicom_frame, dicom_info, nifti_slices
 from sdmad_nb.prepare import annotation_counts, fastmri_plus, main, read_annotations
@@ -142,13 +143,20 @@ def test_killed_again_and_again_it_ends_the_same(small):
     assert tree(folder) == tree(undisturbed / "fastmri_plus-slice5") and validate(folder) == []
 
 
-def test_ctrl_c_says_how_to_go_on(small):
-    process = subprocess.Popen([sys.executable, "-m", "sdmad_nb.prepare", *map(str, command(small))], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (small / "out").exists(): time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    if process.returncode: assert process.returncode == 130 and "the same command goes on from here" in said and "Traceback" not in said
+def test_ctrl_c_says_how_to_go_on(small, capsys, monkeypatch):
+    "Interrupted at the third slice that is read; then the same command again."
+    read = iter([fastmri.volume_slice] * 2)
+    def interrupted(*arguments):
+        function = next(read, None)
+        if function is None: raise KeyboardInterrupt
+        return function(*arguments)
+    words = [str(word) for word in command(small)]
+    with monkeypatch.context() as patch:
+        patch.setattr(fastmri, "volume_slice", interrupted)
+        assert main(words) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert validate(small / "out" / "fastmri_plus-slice5") == ["its preparation has not finished: run the same command again, it goes on where it stopped"]
+    assert main(words) == 0 and len(read_dataset(small / "out" / "fastmri_plus-slice5")) == 8
 
 
 def refused(words, says, capsys):
@@ -162,13 +170,14 @@ def test_wrong_options_are_refused_before_anything_is_written(small, capsys):
     (small / "elsewhere").mkdir()
     (small / "elsewhere" / "thesis.docx").write_text("x")
     for words, says in [(command(small, "--contrasts", "AXT2"), "AXT2"), (command(small, "--categories", "Tumour"), "Tumour"),
-                        (command(small, "--normals", "all"), "normals is 'all'"), (command(small)[:-1] + ["five"], "slice 'five'"),
+                        (command(small, "--normals", "all"), "normals is 'all'"),
                         (["own-folder", "--images", small / "volumes", "--out", small / "elsewhere"], "no file ending in"),
                         (["bmad", "--images", small / "volumes", "--out", small / "x", "--kind", "brain"], "no file ending in")]:
         refused(words, says, capsys)
     assert not (small / "out").exists() and len(list((small / "elsewhere").iterdir())) == 1
-    done = prepare("fastmri-plus")
-    assert done.returncode == 2 and "--images" in done.stderr and "Traceback" not in done.stderr
+    for words, says in [(["fastmri-plus"], "--images"), (command(small)[:-1] + ["five"], "invalid int value: 'five'")]:
+        with pytest.raises(SystemExit) as ended: main([str(word) for word in words])
+        assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_target_that_is_not_ours_is_left_alone(tmp_path, capsys):

@@ -39,7 +39,7 @@ def finished(tmp_path_factory):
 
 def test_table2_leaves_records_tables_and_figures(finished):
     folder = finished / "table2-smoke"
-    records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+    records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (finished / "runs").glob("*.json")}
     assert {record["method"] for record in records.values()} == {
         "nothing", "constant-shots", "constant-oracle", "clip", "sd-mad-no-ss", "sd-mad"}
     for record in records.values():
@@ -56,7 +56,7 @@ def test_table2_leaves_records_tables_and_figures(finished):
 def test_second_run_reads_records_and_repairs_what_is_damaged(finished, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(finished, results)
-    records = sorted((results / "table2-smoke").glob("*.json"))
+    records = sorted((results / "runs").glob("*.json"))
     damaged = next(path for path in records if "sd_mad-" in path.name)
     before = {path: path.read_bytes() for path in records}
     damaged.write_bytes(damaged.read_bytes()[:200])
