@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INTERVALS', 'CODE', 'Study', 'open_study', 'best_constant', 'constant_outputs', 'nothing',
-           'constant_from_shots', 'constant_oracle', 'clip', 'sd_mad', 'Method', 'split_of', 'run_method']
+           'constant_from_shots', 'constant_oracle', 'clip', 'probe', 'tip', 'sd_mad', 'Method', 'split_of',
+           'run_method']
 
 # %% ../nbs/11_baselines.ipynb #b8572df6
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 from .backbone import Backbone, PromptBank, TokenStore, encode_prompts, frozen_tokens
 from .config import Config, config_to_dict, numpy_generator, resolve_layers
 from .data import DataSet, Split, dataset_fingerprint, draw_split, indices, read_split, write_split
-from .evaluation import (anomaly_auroc, bootstrap_interval, category_auroc, hamming_score, macro_auroc,
-                                 multi_label_metrics, subset_accuracy)
+from .evaluation import (anomaly_auroc, bootstrap_interval, category_auroc, category_scores, hamming_score,
+                                 macro_auroc, multi_label_metrics, subset_accuracy)
+from .few_shot import linear_probe, tip_adapter, tune_keys
 from .results import code_fingerprint, record_path, run_once
 from .selection import select_signs
 from .signs import SignSet, restrict
@@ -106,6 +108,34 @@ def clip(study: Study, split: Split, config: Config) -> Outputs:
     return _outputs(study, split, frozen)
 
 # %% ../nbs/11_baselines.ipynb #30cb4159
+def _frozen(study, split, config):  # -> zero-shot detector, features of the shots and of the test images, labels of the shots
+    detector, rows = zero_shot(study.backbone, study.signs, study.bank, config), indices(study.dataset, split.train)
+    labels = torch.from_numpy(np.array(study.dataset.labels[rows]))
+    return detector, embed(detector, study.tokens, rows), _embedded(study, split, config, None), labels.to(study.backbone.device)
+
+def _decided(scores):  # (B, C), above 0 = yes
+    scores = scores.cpu()
+    return Outputs(scores, scores > 0, scores.amax(1))
+
+def probe(study: Study, split: Split, config: Config) -> Outputs:
+    "Score with one logistic regression per finding on frozen features. Radford et al. 2021"
+    _, shots, images, labels = _frozen(study, split, config)
+    return _decided(linear_probe(shots, labels, images))
+
+# %% ../nbs/11_baselines.ipynb #6f9b98c9
+def _text_logits(study, detector, features):  # -> (B, C + 1), the normal anchor last
+    scores = category_scores(features, detector.sign_features, study.bank.sign_category)
+    scale = study.backbone.model.logit_scale.exp().detach()
+    return scale * torch.cat([scores, (features @ detector.anchor)[:, None]], dim=1)
+
+def tip(study: Study, split: Split, config: Config, train: bool = False) -> Outputs:
+    "Score with a look-up among the shots beside the text. Zhang et al. 2022"
+    detector, shots, images, labels = _frozen(study, split, config)
+    keys = tune_keys(_text_logits(study, detector, shots), shots, labels) if train else shots
+    logits = tip_adapter(_text_logits(study, detector, images), images, keys, labels)
+    return _decided(logits[:, :-1] - logits[:, -1:])
+
+# %% ../nbs/11_baselines.ipynb #f7312f1c
 @lru_cache(maxsize=1)
 def _fitted(study, split, config) -> Detector:
     rows = indices(study.dataset, split.train)
@@ -116,13 +146,13 @@ def _fitted(study, split, config) -> Detector:
         labels = labels.repeat(len(tokens) // len(rows), 1)
     return fit(study.backbone, tokens, labels, study.signs, study.bank, config)
 
-# %% ../nbs/11_baselines.ipynb #6f9b98c9
+# %% ../nbs/11_baselines.ipynb #4d868ad3
 def sd_mad(study: Study, split: Split, config: Config) -> Outputs:
     "Train adapters on the shots, select signs if the config says so, and score. Eq. (1)-(8)"
     trained = _fitted(study, split, replace(config, selection=True))
     return _outputs(study, split, trained if config.selection else replace(trained, keep=torch.ones_like(trained.keep)))
 
-# %% ../nbs/11_baselines.ipynb #f7312f1c
+# %% ../nbs/11_baselines.ipynb #8b3a62e5
 @dataclass(frozen=True)
 class Method:
     "Name a row of a table."
@@ -131,7 +161,7 @@ class Method:
     selection: bool = False
     note: str = ""
 
-# %% ../nbs/11_baselines.ipynb #4d868ad3
+# %% ../nbs/11_baselines.ipynb #118d6d00
 METHODS = {
     "nothing": Method("Nothing", nothing),
     "constant-shots": Method("Constant (shots)", constant_from_shots),
@@ -140,11 +170,14 @@ METHODS = {
     "medclip": Method("MedCLIP", None, note="MedCLIP is not available in this version: its Swin and BioClinicalBERT "
                       "weights are fetched from the authors' repository (RyanWangZf/MedCLIP), see data_links.md"),
     "clip-ss": Method("CLIP + SS", clip, selection=True),
+    "linear-probe": Method("Linear probe", probe),
+    "tip-adapter": Method("Tip-Adapter", tip),
+    "tip-adapter-f": Method("Tip-Adapter-F", partial(tip, train=True)),
     "sd-mad-no-ss": Method("SD-MAD (no SS)", sd_mad),
     "sd-mad": Method("SD-MAD", sd_mad, selection=True),
 }
 
-# %% ../nbs/11_baselines.ipynb #8b3a62e5
+# %% ../nbs/11_baselines.ipynb #bea6346a
 def split_of(
     study: Study,
     config: Config,  # shots, normal_shots, seed, split_level
@@ -160,7 +193,7 @@ def split_of(
     write_split(split, path)
     return split
 
-# %% ../nbs/11_baselines.ipynb #118d6d00
+# %% ../nbs/11_baselines.ipynb #9a14de13
 INTERVALS = {  # metrics with an interval
     "hamming": hamming_score, "subset_accuracy": subset_accuracy, "macro_auroc": macro_auroc}
 
@@ -180,14 +213,14 @@ def _measure(study, split, outputs, seed, draws):
     drawn = {"train": split.train, "test": split.test, "positives": labels.sum(0).tolist()}
     return {"metrics": metrics, "split": drawn, "outputs": vars(outputs)}
 
-# %% ../nbs/11_baselines.ipynb #bea6346a
+# %% ../nbs/11_baselines.ipynb #f50443a0
 # modules a number depends on
-CODE = ("adapters", "backbone", "baselines", "config", "data", "evaluation", "losses",
+CODE = ("adapters", "backbone", "baselines", "config", "data", "evaluation", "few_shot", "losses",
         "selection", "signs", "training")
 
 def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/11_baselines.ipynb #9a14de13
+# %% ../nbs/11_baselines.ipynb #6c7d8752
 def run_method(
     study: Study,
     method: str,  # a key of `METHODS` that can be run

@@ -37,7 +37,7 @@ class DataError(ValueError):
         self.faults = tuple(faults)
         more = len(self.faults) - SHOWN_FAULTS
         lines = list(self.faults[:SHOWN_FAULTS])
-        if more > 0: lines.append(f"and {more} more: validate(folder) lists them all")
+        if more > 0: lines.append(f"and {more} more: correct these first")
         super().__init__(f"{message}: {lines[0]}" if len(lines) == 1 else "\n- ".join([message, *lines]))
 
 # %% ../nbs/01_data.ipynb #de6fd7c4

@@ -72,6 +72,7 @@ def test_fastmri_plus_is_prepared_with_the_published_counts(tmp_path):
         assert (~dataset.labels.any(1)).sum() == NORMAL and len(set(dataset.patients)) == len(dataset) == record["counts"]["images"]
         assert record["left_out"]["volumes that were never reviewed"] == ["file_brain_AXFLAIR_999_1"]
         assert len(dataset) + len(record["left_out"]["slices with neither a wanted finding nor surely none"]) == 1001
+        assert len(record["left_out"].get("boxes without an area", [])) == (slice == 10) and "boxes outside the image" not in record["left_out"]
         boxes = (folder / "boxes.csv").read_text(encoding="utf-8").splitlines()[1:]
         assert len(boxes) > found / 2 and not any(box.split(",")[-1] == "0.0" for box in boxes)
         assert f"{found} with a finding" in done.stdout and str(tmp_path) not in (folder / "preparation.json").read_text()
