@@ -113,14 +113,14 @@ def _frozen(study, split, config):  # -> zero-shot detector, features of the sho
     labels = torch.from_numpy(np.array(study.dataset.labels[rows]))
     return detector, embed(detector, study.tokens, rows), _embedded(study, split, config, None), labels.to(study.backbone.device)
 
-def _decided(scores):  # (B, C), above 0 = yes
-    scores = scores.cpu()
-    return Outputs(scores, scores > 0, scores.amax(1))
+def _decided(scores, threshold):  # (B, C), and what a yes has to exceed: a number or (B, 1)
+    margins = scores - threshold
+    return Outputs(scores.cpu(), (margins > 0).cpu(), margins.amax(1).cpu())
 
 def probe(study: Study, split: Split, config: Config) -> Outputs:
     "Score with one logistic regression per finding on frozen features. Radford et al. 2021"
     _, shots, images, labels = _frozen(study, split, config)
-    return _decided(linear_probe(shots, labels, images))
+    return _decided(linear_probe(shots, labels, images), 0)
 
 # %% ../nbs/11_baselines.ipynb #6f9b98c9
 def _text_logits(study, detector, features):  # -> (B, C + 1), the normal anchor last
@@ -133,7 +133,7 @@ def tip(study: Study, split: Split, config: Config, train: bool = False) -> Outp
     detector, shots, images, labels = _frozen(study, split, config)
     keys = tune_keys(_text_logits(study, detector, shots), shots, labels) if train else shots
     logits = tip_adapter(_text_logits(study, detector, images), images, keys, labels)
-    return _decided(logits[:, :-1] - logits[:, -1:])
+    return _decided(logits[:, :-1], logits[:, -1:])
 
 # %% ../nbs/11_baselines.ipynb #f7312f1c
 @lru_cache(maxsize=1)
