@@ -20,7 +20,7 @@ from .data import DataError
 from .phantom import CATEGORIES
 from .pixels import optional, to_8bit
 from .signs import preset_path, read_signs
-from .staging import Row, begin, counts, digest, publish, read_record, read_table, refuse_broken, report, store_all
+from .staging import Row, begin, counts, digest, read_table, refuse_broken, report, write_dataset
 
 # %% ../nbs/03_2_fastmri.ipynb #5b331a6c
 COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
@@ -190,13 +190,9 @@ def _tasks(rows, volumes, slice):  # -> [(Row, image function)], {reason: names}
     return tasks, dict(out)
 
 def _prepare_slice(out, images, slice, rows, volumes, left_out, categories, skip_broken, progress):
-    tasks, more = _tasks(rows, volumes, slice)
-    kept, unreadable = store_all(out, tasks, len(tasks), progress)
-    unreadable["broken files"] = left_out["broken files"] + unreadable["broken files"]
-    refuse_broken(unreadable, skip_broken)
-    signs = read_signs(preset_path("fastmri_plus"))
-    publish(out, kept, categories, signs if set(categories) <= set(signs.categories) else None,
-            {**left_out, **more, **unreadable}, images)
+    (tasks, more), signs = _tasks(rows, volumes, slice), read_signs(preset_path("fastmri_plus"))
+    write_dataset(out, images, tasks, categories, signs if set(categories) <= set(signs.categories) else None,
+                  {**left_out, **more}, skip_broken, progress)
 
 # %% ../nbs/03_2_fastmri.ipynb #ea40e756
 def _check_choices(annotations, slices, categories, contrasts, normals):  # DataError with all faults

@@ -30,9 +30,9 @@ from .data import MIN_SIDE, RESERVED, DataError, label_table, read_dataset
 from .fastmri import annotation_counts, fastmri_plus, label_rows, read_annotations
 from .pixels import (AXES, dicom_frame, dicom_info, image_size, mask_picture, nifti_info, nifti_slices, picture,
                              pseudonym, shrink)
-from .public_sets import SUFFIXES, bmad, bmad_split, chestxray14, finish, list_files, oct2017
+from .public_sets import SUFFIXES, bmad, bmad_split, chestxray14, list_files, oct2017
 from .signs import SignError, named_signs, read_signs
-from .staging import Row, begin, digest, kept_name, keep_secret, read_table, report
+from .staging import Row, begin, digest, kept_name, keep_secret, read_table, report, write_dataset
 
 _all_ = ["annotation_counts", "bmad", "bmad_split", "chestxray14", "fastmri_plus", "label_rows", "oct2017",
          "read_annotations"]
@@ -92,7 +92,7 @@ def entries_of_folders(
 # %% ../nbs/03_prepare.ipynb #adfa58f8
 YES, NO = ("1", "1.0", "true", "yes", "y"), ("0", "0.0", "false", "no", "n")
 
-def _column_faults(table, columns, labels):  # {argument: names} -> DataError with all of them
+def _check_columns(table, columns, labels):  # {argument: names} -> DataError with all of them
     missing = [f"--{argument.replace('_', '-')} {name!r}" for argument, names in columns.items() for name in names
                if name and name not in table]
     if missing:
@@ -136,7 +136,7 @@ def entries_of_table(
         raise DataError("labels: name either --category-columns, one column for each finding, or one --finding-column")
     table = read_table(labels)
     table = table[(table != "").any(axis=1)]  # empty lines
-    _column_faults(table, {**{key: [name] for key, name in columns.items()}, "category_columns": category_columns,
+    _check_columns(table, {**{key: [name] for key, name in columns.items()}, "category_columns": category_columns,
                            "finding_column": [finding_column]}, labels)
     read = [_entry(row, f"{Path(labels).name}, line {number + 2}", columns, category_columns, finding_column, separator, normal)
             for number, row in zip(table.index, table.to_dict("records"))]
@@ -252,13 +252,12 @@ def tasks_of(
         shown = volumes(path, number) if source.kind == "nifti" else dicom_frame(path, number, window)
         return shrink(shown, size)
     def outline(number):
-        full = image_size(image(number))
-        if kind_of(mask) == "picture": return mask_picture(mask, full)
+        if kind_of(mask) == "picture": return mask_picture(mask, image_size(image(number)))
         return shrink(volumes(mask, number, True), size, Image.Resampling.NEAREST)
     return [(row, lambda n=n: image(n), (lambda n=n: outline(n)) if row.mask else None) for row, n in rows]
 
 # %% ../nbs/03_prepare.ipynb #801d78d7
-def _choice_faults(settings):  # -> sentences
+def _setting_faults(settings):  # -> sentences
     names, patient, window = settings["categories"], settings["patient"], settings["window"]
     faults = [f"a finding is called {name!r}, a column of labels.csv: rename it" for name in names if name in RESERVED]
     alike = Counter(name.casefold() for name in names)
@@ -274,7 +273,7 @@ def _choice_faults(settings):  # -> sentences
 
 # %% ../nbs/03_prepare.ipynb #107e5ecd
 def _check_own(sources, settings, signs):  # DataError with all faults -> SignSet or None
-    faults, times = _choice_faults(settings), Counter((source.entry.source, source.entry.slice) for source in sources)
+    faults, times = _setting_faults(settings), Counter((source.entry.source, source.entry.slice) for source in sources)
     faults += [f"{source.entry.place}: {source.entry.source} is listed {times[key]} times: delete a line" for source in sources
                if times[key := (source.entry.source, source.entry.slice)] > 1]
     for name in settings["categories"]:
@@ -328,12 +327,7 @@ def _hider(entries, rest, salt):  # -> function on sentences, or None where noth
         return text
     return hide
 
-def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progress):
-    sources, broken = look_all(images, entries, settings["plane"], skip_broken)
-    phrases = _check_own(sources, settings, signs)
-    settings = {**settings, "labels": digest(*entries), "signs": digest(phrases), "salt": pseudonym("salt", salt) if salt else ""}
-    for note in notes(sources, settings): print(f"note: {note}")
-    if begin(out, images, "own-folder", settings): return print(report(out)) or out
+def _write_own(images, out, entries, sources, broken, settings, phrases, salt, skip_broken, progress):
     salt = (salt or keep_secret(out, secrets.token_hex(16))) if any(source.kind == "dicom" for source in sources) else ""
     window, size = settings["window"] or None, settings["size"]
     volumes, planned = Volumes(settings["plane"], window), [rows_of(source, settings["slices"], settings["patient"], salt, size) for source in sources]
@@ -342,8 +336,18 @@ def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progr
     rest = [path.as_posix() for path in list_files(images) if path.as_posix() not in used]
     if rest: print(f"not used: {', '.join(rest[:10])}{f' and {len(rest) - 10} more' if len(rest) > 10 else ''}")
     left_out = {"files that are not used": rest, "files that cannot be opened": broken}
-    return finish(out, images, tasks, settings["categories"], phrases, left_out, skip_broken, progress, strict=True,
+    write_dataset(out, images, tasks, settings["categories"], phrases, left_out, skip_broken, progress, strict=True,
                   hide=_hider(entries, rest, salt))
+
+def _prepare_own(images, out, entries, settings, salt, signs, skip_broken, progress):
+    sources, broken = look_all(images, entries, settings["plane"], skip_broken)
+    phrases = _check_own(sources, settings, signs)
+    settings = {**settings, "labels": digest(*entries), "signs": digest(phrases), "salt": pseudonym("salt", salt) if salt else ""}
+    for note in notes(sources, settings): print(f"note: {note}")
+    if not begin(out, images, "own-folder", settings):
+        _write_own(images, out, entries, sources, broken, settings, phrases, salt, skip_broken, progress)
+    print(report(out))
+    return out
 
 # %% ../nbs/03_prepare.ipynb #2140880e
 def own_folder(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'BMAD', 'PARTS', 'CHEST_FINDINGS', 'CHEST_COLUMNS', 'OCT_CLASSES', 'OCT_NAME', 'list_files',
-           'find_pictures', 'finish', 'Benchmark', 'bmad_place', 'bmad', 'bmad_split', 'chestxray14', 'oct2017']
+           'find_pictures', 'Benchmark', 'bmad_place', 'bmad', 'bmad_split', 'chestxray14', 'oct2017']
 
 # %% ../nbs/03_3_public_sets.ipynb #cf01b555
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from .data import DataError, DataSet, Split, dataset_fingerprint
 from .pixels import fitted, image_size, mask_picture, picture
 from .signs import preset_path, read_signs
-from .staging import Row, begin, digest, kept_name, publish, read_table, refuse_broken, report, store_all
+from .staging import Row, begin, digest, kept_name, read_table, report, write_dataset
 
 # %% ../nbs/03_3_public_sets.ipynb #198539ff
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -41,30 +41,6 @@ def find_pictures(
     return found
 
 # %% ../nbs/03_3_public_sets.ipynb #3b7aea00
-def finish(
-    out,  # from `begin`
-    images,  # folder the images come from
-    tasks: list,  # (Row, image function, mask function or None)
-    categories,
-    signs,  # SignSet or None
-    left_out: dict,  # {reason: names}
-    skip_broken: bool,
-    progress: bool,
-    strict: bool = False,  # see `publish`
-    hide=None,  # function on the sentences of what is left out, before they are written down
-) -> Path:  # the folder; DataError
-    "Write the rows of one data set and publish it."
-    names = Counter(name.lower() for row, *_ in tasks for name in (row.image, row.mask) if name)  # A is a on some disks
-    if twice := [f"{name} would be written {count} times" for name, count in names.items() if count > 1]:
-        raise DataError("two images would get the same name: rename one of them", twice)
-    kept, unreadable = store_all(out, tasks, len(tasks), progress)
-    refuse_broken(unreadable, skip_broken)
-    left_out = {reason: [hide(text) for text in texts] if hide else texts for reason, texts in {**left_out, **unreadable}.items()}
-    publish(out, kept, categories, signs, left_out, images, strict)
-    print(report(out))
-    return Path(out)
-
-# %% ../nbs/03_3_public_sets.ipynb #6a67ef97
 @dataclass(frozen=True)
 class Benchmark:
     "Say how one of BMAD's sets is read."
@@ -81,7 +57,7 @@ BMAD = {
     "histopathology": Benchmark("Metastasis", "bmad_histology", ""),
 }
 
-# %% ../nbs/03_3_public_sets.ipynb #92e50974
+# %% ../nbs/03_3_public_sets.ipynb #6a67ef97
 PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 
 def bmad_place(
@@ -95,7 +71,7 @@ def bmad_place(
     kind = "mask" if {"label", "anomaly_mask"} & set(words) else "image"
     return parts[0], verdicts[0].replace("u", "U", 1), kind
 
-# %% ../nbs/03_3_public_sets.ipynb #21eea516
+# %% ../nbs/03_3_public_sets.ipynb #92e50974
 def _bmad_files(images, parts):  # -> {(part, verdict, stem): image path}, the same for masks, {reason: names}
     files, masks, out = {}, {}, defaultdict(list)
     for path in find_pictures(images):
@@ -108,7 +84,7 @@ def _bmad_files(images, parts):  # -> {(part, verdict, stem): image path}, the s
             else: known[key] = path
     return files, {key: path for key, path in masks.items() if key[1] == "Ungood"}, dict(out)
 
-# %% ../nbs/03_3_public_sets.ipynb #74c8ac69
+# %% ../nbs/03_3_public_sets.ipynb #e9c5d871
 def _bmad_tasks(images, files, masks, benchmark, size):  # -> tasks
     tasks = []
     for (part, verdict, stem), path in files.items():
@@ -124,7 +100,7 @@ def _bmad_tasks(images, files, masks, benchmark, size):  # -> tasks
 def _fitting_mask(mask, image, size):
     return mask_picture(mask, fitted(image_size(image.read_bytes()), size))
 
-# %% ../nbs/03_3_public_sets.ipynb #cb95205e
+# %% ../nbs/03_3_public_sets.ipynb #0cc0e9ed
 def _bmad_kind(images, kind):  # -> a key of BMAD; DataError
     words = re.sub(r"[^a-z0-9]", "", Path(images).resolve().name.lower())
     found = [name for name in BMAD if name in words]
@@ -137,7 +113,7 @@ def _check_parts(parts):  # DataError
     if not set(parts) <= {"train", "valid", "test"} or "test" not in parts or len(set(parts)) < 2:
         raise DataError(f"parts is {list(parts)}: name test, and train or valid to draw shots from")
 
-# %% ../nbs/03_3_public_sets.ipynb #b5a692ee
+# %% ../nbs/03_3_public_sets.ipynb #cb95205e
 def bmad(
     images,  # folder of one set, such as Brain_AD
     out,  # folder for the data set
@@ -155,15 +131,15 @@ def bmad(
         raise DataError(f"images {images} has no good and Ungood images of the parts {', '.join(parts)}: give the folder that "
                         "holds valid and test")
     settings = {"category": benchmark.category, "parts": list(parts), "size": size, "files": digest(sorted(files.items()), sorted(masks))}
-    if begin(out, images, "bmad", settings): print(report(out))
-    else:
+    if not begin(out, images, "bmad", settings):
         bare = [str(path) for key, path in files.items() if key[1] == "Ungood" and masks and key not in masks]
-        finish(out, images, _bmad_tasks(Path(images), files, masks, benchmark, size), [benchmark.category],
-               read_signs(preset_path(benchmark.preset)), {**left_out, "masks of abnormal images that have none": bare},
-               skip_broken, progress)
+        write_dataset(out, images, _bmad_tasks(Path(images), files, masks, benchmark, size), [benchmark.category],
+                      read_signs(preset_path(benchmark.preset)), {**left_out, "masks of abnormal images that have none": bare},
+                      skip_broken, progress)
+    print(report(out))
     return Path(out)
 
-# %% ../nbs/03_3_public_sets.ipynb #f17950eb
+# %% ../nbs/03_3_public_sets.ipynb #b5a692ee
 def bmad_split(
     shot_list,  # MVFA's dataset/fewshot_seed/<Set>/<K>-shot.txt
     dataset: DataSet,  # prepared by `bmad`
@@ -183,7 +159,7 @@ def bmad_split(
     return Split(dataset.name, len(lines[f"a-{draw}"].split()), draw, "image", tuple(rows[name] for name in wanted), test,
                  dataset_fingerprint(dataset))
 
-# %% ../nbs/03_3_public_sets.ipynb #4fd7511b
+# %% ../nbs/03_3_public_sets.ipynb #f17950eb
 CHEST_FINDINGS = ("atelectasis", "cardiomegaly", "consolidation", "edema", "effusion", "emphysema", "fibrosis", "hernia",
                   "infiltration", "mass", "nodule", "pleural_thickening", "pneumonia", "pneumothorax")
 CHEST_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
@@ -208,7 +184,7 @@ def _names_in(test_list):  # file or "" -> names of images; DataError
     try: return set(Path(test_list).read_text(encoding="utf-8").split()) if test_list else set()
     except (OSError, ValueError) as error: raise DataError(f"test_list {test_list} cannot be read ({error}): check the path") from error
 
-# %% ../nbs/03_3_public_sets.ipynb #5ff3432e
+# %% ../nbs/03_3_public_sets.ipynb #4fd7511b
 def chestxray14(
     images,  # folder with the images, in any sub-folders (images_001/images, ...)
     labels,  # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
@@ -228,18 +204,18 @@ def chestxray14(
     wanted = there[np.array([not names or bool(set(names) & set(findings)) for names in there.findings], dtype=bool)]
     settings = {"findings": list(findings), "size": size, "labels": digest(Path(labels).read_bytes(), sorted(tested)),
                 "files": digest(sorted(paths))}
-    if begin(out, images, "chestxray14", settings):
-        print(report(out))
-        return Path(out)
     rows = [_chest_row(row, findings, tested, bool(test_list)) for row in wanted.itertuples()]
     tasks = [(row, lambda path=Path(images) / paths[Path(row.image).name]: picture(path, size), None) for row in rows]
     left_out = {"listed images that are not in the folder": sorted(set(table.image) - paths.keys()),
                 "images that are not listed": sorted(paths.keys() - set(table.image)),
                 "images of a name that another one has": [str(path) for path in found if paths[path.name] != path],
                 "images with other findings only": sorted(set(there.image) - set(wanted.image))}
-    return finish(out, images, tasks, findings, read_signs(preset_path("chestxray14")), left_out, skip_broken, progress)
+    if not begin(out, images, "chestxray14", settings):
+        write_dataset(out, images, tasks, findings, read_signs(preset_path("chestxray14")), left_out, skip_broken, progress)
+    print(report(out))
+    return Path(out)
 
-# %% ../nbs/03_3_public_sets.ipynb #2aa6743c
+# %% ../nbs/03_3_public_sets.ipynb #de5bb687
 OCT_CLASSES = ("CNV", "DME", "DRUSEN")
 OCT_NAME = re.compile(r"^(CNV|DME|DRUSEN|NORMAL)-(\w+)-\d+$")
 
@@ -250,7 +226,7 @@ def _oct_row(path, size):  # relative path -> Row, or None where the path is not
     return Row(f"images/{parts[0] if parts else 'all'}_{kept_name(path.name, size)}", found[2],
                () if found[1] == "NORMAL" else (found[1],), "" if not parts else "test" if parts[0] == "test" else "train")
 
-# %% ../nbs/03_3_public_sets.ipynb #f7f44d9c
+# %% ../nbs/03_3_public_sets.ipynb #2aa6743c
 def oct2017(
     images,  # folder with train and test, or with the class folders
     out,  # folder for the data set
@@ -264,7 +240,8 @@ def oct2017(
     tasks = [(row, lambda path=path: picture(images / path, size), None) for path, row in rows.items() if row]
     if not tasks:
         raise DataError(f"images {images} has no file such as CNV/CNV-1016042-1.jpeg: give the folder of OCT2017")
-    if begin(out, images, "oct2017", {"size": size, "files": digest(sorted(rows))}): print(report(out))
-    else: finish(out, images, tasks, OCT_CLASSES, read_signs(preset_path("oct2017")), {"files outside OCT2017's layout": strange},
-                 skip_broken, progress)
+    if not begin(out, images, "oct2017", {"size": size, "files": digest(sorted(rows))}):
+        write_dataset(out, images, tasks, OCT_CLASSES, read_signs(preset_path("oct2017")),
+                      {"files outside OCT2017's layout": strange}, skip_broken, progress)
+    print(report(out))
     return Path(out)
