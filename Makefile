@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 help:
 	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
-	@echo "make tables   every table and figure of the paper that is here, on the demo"
+	@echo "make tables   every table and figure of the paper, on the demo (SLICES=5 for one slice)"
 	@echo "make test     set everything up and run every notebook and every test"
 	@echo "make venv     set everything up in $(VENV), about 6 GB"
 	@echo "make figures  run what the README shows, and write its tables and pictures anew"
@@ -33,12 +33,19 @@ table2: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest tests
 
-# Runs are shared: Table 3 reads the records that Table 2 has made, and a second `make tables` reads all of them
+# Runs are shared: Table 3 reads the records that Table 2 has made, and a second `make tables` reads all of them.
+# A quick look: make tables SLICES=5 SMOKE=True RESULTS=folder
+SLICES ?= 0 5 10
+SMOKE ?= False
+RESULTS ?=
+RUN = $(BIN)/papermill
+WITH = -p smoke $(SMOKE) $(if $(RESULTS),-p results $(RESULTS))
 tables: $(STAMP)
-	for slice in 0 5 10; do $(BIN)/papermill nbs/run_table2.ipynb -p slice $$slice || exit 1; done
-	for slice in 0 5 10; do $(BIN)/papermill nbs/run_table3.ipynb -p slice $$slice || exit 1; done
-	$(BIN)/papermill nbs/run_fig3.ipynb
-	$(BIN)/papermill nbs/run_fig4.ipynb
+	$(RUN) nbs/run_table1.ipynb $(WITH)
+	for slice in $(SLICES); do $(RUN) nbs/run_table2.ipynb -p slice $$slice $(WITH) || exit 1; done
+	for slice in $(SLICES); do $(RUN) nbs/run_table3.ipynb -p slice $$slice $(WITH) || exit 1; done
+	$(RUN) nbs/run_fig3.ipynb $(WITH)
+	$(RUN) nbs/run_fig4.ipynb $(WITH)
 
 # The tables and pictures of the README: made from the records of these runs, and copied, never typed
 figures: tables
@@ -47,6 +54,10 @@ figures: tables
 	cp results/table2/table.md nbs/figures/table2.md
 	cp results/table2/demo-slice5.png nbs/figures/table2.png
 	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
+	cp results/table1/table.md nbs/figures/table1.md
+	cp results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
+	cp results/table3/table.md nbs/figures/table3.md
+	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
 	cp results/parts/table.md nbs/figures/parts.md
 	cp results/parts/words.md nbs/figures/parts-words.md
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb

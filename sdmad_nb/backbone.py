@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
            'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
-           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'TokenStore',
-           'frozen_tokens', 'PromptBank', 'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
+           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'patch_levels',
+           'TokenStore', 'frozen_tokens', 'PromptBank', 'token_counts', 'check_length', 'encode_sentences',
+           'encode_prompts', 'text_features']
 
 # %% ../nbs/05_backbone.ipynb #9e13339b
 import hashlib
@@ -93,10 +94,13 @@ class TextTower:
         self.pool_type = getattr(text, "text_pool_type", None) or text.pool_type
         self.eos_id = getattr(text, "text_eos_id", None) or getattr(text, "eos_id", None)
 
-    def last(self, token_ids):  # (N, length) -> (N, W): the last block's output at the end-of-text token
-        x = self.text.token_embedding(token_ids).to(self.text.transformer.get_cast_dtype())
-        x = x + self.text.positional_embedding.to(x.dtype)
-        x = self.text.transformer(x, attn_mask=self.text.attn_mask)  # (N, length, W)
+    def embed(self, token_ids): return self.text.token_embedding(token_ids)  # (N, L) -> (N, L, W)
+
+    def last(self, token_ids, embeddings=None):  # (N, L), (N, L, W) -> (N, W): the last block's output at the end-of-text token
+        x = (self.embed(token_ids) if embeddings is None else embeddings).to(self.text.transformer.get_cast_dtype())
+        length, mask = x.shape[1], self.text.attn_mask
+        x = x + self.text.positional_embedding[:length].to(x.dtype)
+        x = self.text.transformer(x, attn_mask=None if mask is None else mask[:length, :length])  # (N, L, W)
         return text_global_pool(x, token_ids, self.pool_type, eos_token_id=self.eos_id)
 
     def head(self, x):  # (N, W) -> (N, D)
@@ -109,11 +113,14 @@ class HuggingFaceTextTower(TextTower):
     def __init__(self, text):
         self.text, self.width = text, text.config.hidden_size
 
-    def last(self, token_ids):
+    def embed(self, token_ids): return self.text.transformer.get_input_embeddings()(token_ids)
+
+    def last(self, token_ids, embeddings=None):
         mask = (token_ids != self.text.config.pad_token_id).long()
         length = int(mask.any(0).nonzero().max()) + 1
-        token_ids, mask = token_ids[:, :length], mask[:, :length]
-        return self.text.pooler(self.text.transformer(input_ids=token_ids, attention_mask=mask), mask)
+        name, given = ("input_ids", token_ids) if embeddings is None else ("inputs_embeds", embeddings)
+        mask = mask[:, :length]
+        return self.text.pooler(self.text.transformer(**{name: given[:, :length]}, attention_mask=mask), mask)
 
     def head(self, x): return self.text.proj(x)
 
@@ -384,6 +391,19 @@ def patch_features(
     return F.normalize(backbone.image.project(tokens[:, -height * width:]), dim=-1)
 
 # %% ../nbs/05_backbone.ipynb #5c3b5655
+def patch_levels(
+    backbone: Backbone,
+    tokens: torch.Tensor,  # (B, 1 + P, W) after the first of the blocks
+    blocks,  # L increasing block numbers
+) -> list:  # L tensors (B, P, W)
+    "Collect the frozen patches after several blocks."
+    count, levels = backbone.image.grid[0] * backbone.image.grid[1], []
+    for start, stop in zip((blocks[0], *blocks), blocks):
+        tokens = run_blocks(backbone, tokens, start, stop)
+        levels.append(tokens[:, -count:])
+    return levels
+
+# %% ../nbs/05_backbone.ipynb #06efa25f
 class TokenStore:
     "Read the frozen tokens of images, taken after block `block`, from their files."
     def __init__(self, files, block): self.files, self.block = list(files), block
@@ -392,7 +412,7 @@ class TokenStore:
     def __getitem__(self, indices):  # (B,) whole numbers -> (B, 1 + P, W)
         return torch.stack([load_file(self.files[int(index)])["tokens"] for index in indices])
 
-# %% ../nbs/05_backbone.ipynb #06efa25f
+# %% ../nbs/05_backbone.ipynb #30713998
 def _sound(file, shape):
     try:
         with safe_open(file, "pt") as stored: return list(stored.get_slice("tokens").get_shape()) == list(shape)
@@ -404,7 +424,7 @@ def _missing(files, shape):  # indices of the files that have to be made
     for index in broken: print(f"cache file {files[index].name} is damaged: computing it again")
     return sorted(absent + broken)
 
-# %% ../nbs/05_backbone.ipynb #30713998
+# %% ../nbs/05_backbone.ipynb #8d986956
 @torch.no_grad()
 def frozen_tokens(
     backbone: Backbone,
@@ -427,7 +447,7 @@ def frozen_tokens(
             write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
     return TokenStore(files, block)
 
-# %% ../nbs/05_backbone.ipynb #8d986956
+# %% ../nbs/05_backbone.ipynb #d52b842e
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -435,18 +455,26 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #d52b842e
-def check_length(backbone: Backbone, sentences):  # raises ValueError naming the first sentence that is too long
+# %% ../nbs/05_backbone.ipynb #1f61fb63
+def token_counts(backbone: Backbone, sentences) -> list:  # N numbers, a start and an end among each
+    "Count the tokens of sentences."
+    encode = getattr(backbone.tokenizer, "encode", None) or backbone.tokenizer.tokenizer.tokenize
+    return [len(encode(sentence)) + 2 for sentence in sentences]
+
+def check_length(
+    backbone: Backbone,
+    sentences,
+    learned: int = 0,  # vectors that will be put into each sentence
+):  # raises ValueError naming the first sentence that is too long
     "Refuse sentences that the tokenizer would cut off."
     length = getattr(backbone.tokenizer, "context_length", None) or 77
-    encode = getattr(backbone.tokenizer, "encode", None) or backbone.tokenizer.tokenizer.tokenize
-    for sentence in sentences:
-        used = len(encode(sentence)) + 2  # a start and an end
-        if used <= length: continue
-        raise ValueError(f"this prompt has {used} tokens but {backbone.name} reads {length}: "
+    for sentence, used in zip(sentences, token_counts(backbone, sentences)):
+        if used + learned <= length: continue
+        having = f"{used} tokens and {learned} learned vectors" if learned else f"{used} tokens"
+        raise ValueError(f"this prompt has {having} but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #1f61fb63
+# %% ../nbs/05_backbone.ipynb #32d6fb47
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -454,7 +482,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #32d6fb47
+# %% ../nbs/05_backbone.ipynb #10d55b2e
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -474,7 +502,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #10d55b2e
+# %% ../nbs/05_backbone.ipynb #7bc44f7d
 def text_features(
     backbone: Backbone,
     bank: PromptBank,

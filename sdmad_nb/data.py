@@ -6,7 +6,7 @@
 __all__ = ['SHOWN_FAULTS', 'MAX_PIXELS', 'RESERVED', 'MIN_SIDE', 'EMPTY', 'NEAR', 'BOX_COLUMNS', 'LEVELS', 'SPLIT_RULES',
            'DataError', 'DataSet', 'to_rgb', 'decode', 'load_rgb', 'load_mask', 'Checked', 'check_row',
            'duplicate_faults', 'read_boxes', 'validate', 'read_dataset', 'label_table', 'co_occurrence',
-           'dataset_fingerprint', 'Split', 'indices', 'draw_split', 'write_split', 'read_split']
+           'dataset_fingerprint', 'Split', 'indices', 'draw_split', 'hold_out', 'write_split', 'read_split']
 
 # %% ../nbs/01_data.ipynb #1769c5b0
 import csv
@@ -15,7 +15,7 @@ import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -493,7 +493,19 @@ def draw_split(
     train = tuple(image for image in dataset.images if image in train)
     return Split(dataset.name, shots, seed, level, train, test, dataset_fingerprint(dataset))
 
-# %% ../nbs/01_data.ipynb #4fe2d9c0
+# %% ../nbs/01_data.ipynb #e53803fa
+def hold_out(
+    dataset: DataSet,
+    patient: str,  # whose images are the test
+) -> DataSet:  # named after the patient too; DataError where there is no such patient, or no other
+    "Keep one patient for the test and draw from the others."
+    others = sorted(set(dataset.patients) - {patient})
+    if patient not in dataset.patients or not others:
+        raise DataError(f"{dataset.name} cannot hold out patient {patient!r}: its patients are {sorted(set(dataset.patients))}")
+    parts = tuple("test" if name == patient else "train" for name in dataset.patients)
+    return replace(dataset, name=f"{dataset.name}-{patient}", split=parts)
+
+# %% ../nbs/01_data.ipynb #4e5a1a02
 def write_split(
     split: Split,
     path,  # a .json file
@@ -505,7 +517,7 @@ def write_split(
         raise DataError(f"{path} already holds another split: delete it, or choose another name")
     return write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/01_data.ipynb #4e5a1a02
+# %% ../nbs/01_data.ipynb #c5ffadf6
 def _names(value):
     return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
@@ -519,7 +531,7 @@ SPLIT_RULES = {
     "fingerprint": lambda value: isinstance(value, str),
 }
 
-# %% ../nbs/01_data.ipynb #c5ffadf6
+# %% ../nbs/01_data.ipynb #ee905aad
 def _split_content(path):  # -> dict; DataError
     try: content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -534,7 +546,7 @@ def _split_content(path):  # -> dict; DataError
     if faults: raise DataError(f"the split {path} cannot be used", faults)
     return content
 
-# %% ../nbs/01_data.ipynb #ee905aad
+# %% ../nbs/01_data.ipynb #5eb79511
 def _split_faults(dataset, train, test, level):  # -> sentences
     patient, faults = dict(zip(dataset.images, dataset.patients)), []
     unknown = [name for name in (*train, *test) if name not in patient]
@@ -555,7 +567,7 @@ def _split_faults(dataset, train, test, level):  # -> sentences
                       "take one side's images out, or write \"level\": \"image\"")
     return faults
 
-# %% ../nbs/01_data.ipynb #5eb79511
+# %% ../nbs/01_data.ipynb #d060c9fe
 def read_split(
     path,  # a .json file
     dataset: DataSet,  # the data set it is for

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_KEYS', 'results_folder', 'record_path', 'plain', 'write_record', 'read_record', 'versions', 'peak_memory_mb',
-           'code_fingerprint', 'run_once', 'tidy', 'summarise', 'mean_std_table', 'write_tables', 'merge_long',
-           'paper_table']
+           'code_fingerprint', 'run_once', 'tidy', 'summarise', 'mean_std_table', 'compare_methods', 'interval_table',
+           'category_intervals', 'write_tables', 'merge_long', 'paper_table']
 
 # %% ../nbs/12_results.ipynb #c6b9c834
 import hashlib
@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import false_discovery_control
 
 import sdmad_nb
-from .config import project_root, write_atomically
+from .config import numpy_generator, project_root, write_atomically
+from .evaluation import bootstrap_interval, category_auroc, paired_difference
 
 try: import resource
 except ImportError: resource = None  # Windows has none: the peak memory is then recorded as unknown
@@ -216,6 +218,46 @@ def mean_std_table(
     return wide.reindex(index=order, columns=summary[columns].unique()).rename_axis(columns=None)
 
 # %% ../nbs/12_results.ipynb #363acfa5
+def compare_methods(
+    table: pd.DataFrame,  # from `tidy`, columns method, seed, value, and `by`
+    pairs,  # (method, method it is compared with)
+    by: str = "metric",  # column: one comparison for each of its values and each pair
+) -> pd.DataFrame:  # columns by, method, other, and those of `paired_difference`, and corrected
+    "Compare methods over the same seeds, with correction for the number of comparisons. Benjamini and Hochberg 1995"
+    keys = [by, "seed"] if "dataset" not in table else [by, "dataset", "seed"]
+    wide = table.pivot_table(index=keys, columns="method", values="value", sort=False, dropna=False)
+    rows = [{by: name, "method": one, "other": other, **paired_difference(wide.loc[[name], one], wide.loc[[name], other])}
+            for name in table[by].unique() for one, other in pairs]
+    compared, known = pd.DataFrame(rows), [not math.isnan(row["p_value"]) for row in rows]
+    compared["corrected"] = math.nan
+    if any(known): compared.loc[known, "corrected"] = false_discovery_control(compared.p_value[known])
+    return compared
+
+# %% ../nbs/12_results.ipynb #b4c5856e
+def interval_table(
+    table: pd.DataFrame,  # from `tidy`
+    rows=("title",),  # columns that make the rows
+) -> pd.DataFrame:  # texts "low to high" in percent; one column for each metric that has an interval
+    "Show the average interval of every metric that has one."
+    found = table.metric.str.extract(r"^(?:(?P<level>.+)/)?interval/?(?P<name>.*)/(?P<end>[01])$").assign(value=100 * table.value, **{key: table[key] for key in rows})
+    found = found[found.end.notna()].assign(metric=lambda part: (part.level.fillna("") + part.name.fillna("")))
+    ends = found.pivot_table(index=[*rows, "metric"], columns="end", values="value", sort=False)
+    texts = ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format)
+    return texts.unstack("metric", sort=False).rename_axis(columns=None)
+
+# %% ../nbs/12_results.ipynb #a6346426
+def category_intervals(
+    record: dict,  # of `run_method`
+    labels: np.ndarray,  # (B, C) 0/1 of the record's test images, in its order
+    patients: np.ndarray,  # (B,) names
+    draws: int = 300,
+) -> list:  # C pairs (low, high), NaN where a category has no AUROC in any draw
+    "Find each category's interval of the AUROC over resampled patients."
+    scores, one = np.array(record["outputs"]["scores"]), lambda labels, scores: category_auroc(labels, scores)[0]
+    generator = numpy_generator(record["config"]["seed"], "categories", record["method"])
+    return [bootstrap_interval(one, labels[:, [c]], scores[:, [c]], patients, draws, generator=generator) for c in range(labels.shape[1])]
+
+# %% ../nbs/12_results.ipynb #bbbfc5b0
 def _markdown(table):
     table = table.reset_index() if any(table.index.names) else table
     rows = [table.columns, ["---"] * table.shape[1], *table.itertuples(index=False)]
@@ -233,7 +275,7 @@ def write_tables(
     return [write_atomically(Path(folder) / "table.csv", lambda path: long.to_csv(path, index=False)),
             write_atomically(Path(folder) / "table.md", lambda path: path.write_text(text, encoding="utf-8"))]
 
-# %% ../nbs/12_results.ipynb #b4c5856e
+# %% ../nbs/12_results.ipynb #0950dea1
 def merge_long(
     path,  # table.csv of earlier runs; need not be there
     long: pd.DataFrame,  # from `tidy`, with columns `dataset` and `setting`
@@ -248,7 +290,7 @@ def merge_long(
     kept = earlier[~earlier.dataset.isin(long.dataset) & earlier.setting.isin(long.setting)]
     return pd.concat([kept, long], ignore_index=True).sort_values("dataset", kind="stable", ignore_index=True) if len(kept) else long
 
-# %% ../nbs/12_results.ipynb #a6346426
+# %% ../nbs/12_results.ipynb #7c84e95f
 def paper_table(
     name: str,  # "table1", "table2" or "table3"
 ) -> pd.DataFrame:  # as printed, in percent; ValueError where there is no such table
