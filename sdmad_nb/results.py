@@ -242,7 +242,8 @@ def interval_table(
     found = table.metric.str.extract(r"^(?:(?P<level>.+)/)?interval/?(?P<name>.*)/(?P<end>[01])$").assign(value=100 * table.value, **{key: table[key] for key in rows})
     found = found[found.end.notna()].assign(metric=lambda part: (part.level.fillna("") + part.name.fillna("")))
     ends = found.pivot_table(index=[*rows, "metric"], columns="end", values="value", sort=False)
-    texts = ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format)
+    known = (ends["0"] != ends["1"]) | ends["0"].isin([0, 100])
+    texts = (ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format)).where(known, "one patient")
     return texts.unstack("metric", sort=False).rename_axis(columns=None)
 
 # %% ../nbs/12_results.ipynb #a6346426
