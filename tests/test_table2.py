@@ -41,7 +41,7 @@ def test_table2_leaves_records_tables_and_figures(finished):
     folder = finished / "table2-smoke"
     records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in (finished / "runs").glob("*.json")}
     assert {record["method"] for record in records.values()} == {
-        "nothing", "constant-shots", "constant-oracle", "clip", "linear-probe", "tip-adapter", "tip-adapter-f", "sd-mad-no-ss", "sd-mad"}
+        "nothing", "constant-shots", "constant-oracle", "clip", "linear-probe", "tip-adapter", "tip-adapter-f", "coop", "sd-mad-no-ss", "sd-mad"}
     for record in records.values():
         assert {"config", "metrics", "split", "versions", "seconds", "peak_memory_mb"} <= record.keys()
         assert set(record["split"]["train"]).isdisjoint(record["split"]["test"])
