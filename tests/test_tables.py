@@ -126,5 +126,5 @@ def test_real_masks_one_patient_held_out_at_a_time(tmp_path):
         patient = record["data"].split("-")[1].removeprefix("patient")
         assert all(f"p{patient}_" in name for name in record["split"]["test"]) and not any(f"p{patient}_" in name for name in record["split"]["train"])
     mean = lambda name, level: np.mean([record["metrics"][level]["auroc"] for record in records[name]])
-    assert mean("brightness", "pixel") > 0.9 > mean("brightness", "inside"), "background counts as easy negatives"
+    assert mean("brightness", "pixel") > 0.9 and mean("brightness", "pixel") > mean("brightness", "inside") + 0.02, "background counts as easy negatives"
     assert all(0.5 < mean(name, "pixel") < 1 for name in records)
