@@ -110,7 +110,7 @@ def test_one_finding_is_sent_to_table1_and_one_kind_of_image_is_refused(tmp_path
     table = without_masks(tmp_path / "single")
     names = [name for name in table if name not in ("image", "patient", "split")]
     table.drop(columns=names[1:]).to_csv(tmp_path / "single" / "labels.csv", index=False)
-    with pytest.raises(ValueError, match="has one finding, .* run_table1"): prepare_study(Config(), str(tmp_path / "single"), 5, "fastmri_plus", findings=2)
+    with pytest.raises(ValueError, match="has one finding, .*run_table1"): prepare_study(Config(), str(tmp_path / "single"), 5, "fastmri_plus", findings=2)
     ill = table[table[names].any(axis=1)]
     ill.to_csv(tmp_path / "single" / "labels.csv", index=False)
     with pytest.raises(ValueError, match="all .* are abnormal"):
