@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 # %% ../nbs/00_config.ipynb #94c1edf2
 LAYER_PRESETS = {"quarters": (6, 12, 18, 24), "paper": (6, 8, 18, 24)}  # counted for the 24 blocks of ViT-L/14
@@ -109,8 +108,9 @@ def config_from_dict(values: dict) -> Config:  # raises TypeError on an unknown 
 # %% ../nbs/00_config.ipynb #eaa41215
 def resolve_device(
     name: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
-) -> torch.device:  # ValueError where the device is unknown or not on this machine
+) -> "torch.device":  # ValueError where the device is unknown or not on this machine
     "Name the device that tensors live on."
+    import torch
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = str(name).partition(":")
@@ -125,8 +125,9 @@ def resolve_device(
 def _stream(seed, purpose):
     return int.from_bytes(hashlib.sha256(repr((int(seed), *purpose)).encode()).digest()[:8], "big") >> 1
 
-def torch_generator(seed: int, *purpose: str) -> torch.Generator:  # a CPU generator
+def torch_generator(seed: int, *purpose: str) -> "torch.Generator":  # a CPU generator
     "Make the torch generator of one purpose."
+    import torch
     return torch.Generator().manual_seed(_stream(seed, purpose))
 
 def numpy_generator(seed: int, *purpose: str) -> np.random.Generator:  # independent of torch's of the same purpose

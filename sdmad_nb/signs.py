@@ -14,8 +14,6 @@ from pathlib import Path
 import re
 import reprlib
 
-import torch
-
 from .config import write_atomically
 
 # %% ../nbs/04_signs.ipynb #6fdf11e9
@@ -180,7 +178,9 @@ class SignSet:
     @property
     def texts(self): return tuple(text for group in self.signs.values() for text in group)  # S texts
     @property
-    def category(self): return torch.tensor([c for c, group in enumerate(self.signs.values()) for _ in group])  # (S,)
+    def category(self):  # (S,)
+        import torch  # here, so that reading signs does not wait for it
+        return torch.tensor([c for c, group in enumerate(self.signs.values()) for _ in group])
 
 # %% ../nbs/04_signs.ipynb #394319bb
 def sign_prompts(sign_set: SignSet) -> list:  # S lists of T sentences
