@@ -5,7 +5,7 @@ SLICE ?= 5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv table2 tables test figures readme clean
+.PHONY: help venv table2 tables test figures readme docs dist clean
 
 help:
 	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
@@ -14,6 +14,8 @@ help:
 	@echo "make venv     set everything up in $(VENV), about 6 GB"
 	@echo "make figures  run what the README shows, and write its tables and pictures anew"
 	@echo "make readme   write README.md from nbs/index.ipynb"
+	@echo "make docs     build the documentation site in _docs: every notebook, every module, searchable offline"
+	@echo "make dist     build the sdist and the wheel in dist, and check them"
 	@echo "make clean    remove $(VENV) and what can be made again; results/ stays"
 
 # Done once, and again when the requirements or the packaging change.
@@ -65,6 +67,15 @@ figures: tables
 
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py
+
+# Needs no connection, and runs no notebook: what is shown is what is stored. A link that leads nowhere is an error.
+docs: $(STAMP)
+	$(BIN)/python docs/build.py _docs
+
+dist: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf cache build dist _docs _proc *.egg-info .pytest_cache

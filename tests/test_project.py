@@ -1,9 +1,7 @@
-"The project around the notebooks: settings, README, what is committed, and the wheel."
+"The project around the notebooks: settings, README, and what is committed."
 import ast
 import importlib.metadata
-import os
 import re
-import shutil
 import sys
 from configparser import ConfigParser
 
@@ -14,7 +12,6 @@ from readme import readme
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = config["DEFAULT"]
-SOURCES = ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
 
 
 def tracked():
@@ -98,43 +95,3 @@ def test_license_is_whole():
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert all(f"\n   {number}. " in text for number in range(1, 10)) and "END OF TERMS AND CONDITIONS" in text
-
-
-@pytest.fixture(scope="session")
-def installed_wheel(tmp_path_factory):
-    "Build a wheel from a copy of the sources and unpack it as pip does; return the folder."
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in SOURCES: shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "sdmad_nb", source / "sdmad_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    for words in (["wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist"],
-                  ["install", "--no-deps", "--no-index", "--target", target, "--find" "-links", "dist", "sdmad_nb"]):
-        done = run(*pip, *words, cwd=source)
-        assert done.returncode == 0, done.stderr
-    return target
-
-
-def test_wheel_has_every_module_and_asset(installed_wheel):
-    def files(root): return {path.relative_to(root).as_posix() for path in (root / "sdmad_nb").rglob("*")
-                             if path.is_file() and "__pycache__" not in path.parts}
-
-    assert files(installed_wheel) == files(ROOT)
-
-
-def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
-    "Import every module from the wheel, with the heavy dependencies borrowed from this environment, and read an asset."
-    code = ("import importlib, pathlib, pkgutil, sdmad_nb\n"
-            f"assert pathlib.Path(sdmad_nb.__file__).is_relative_to({str(installed_wheel)!r}), sdmad_nb.__file__\n"
-            "for module in pkgutil.iter_modules(sdmad_nb.__path__): importlib.import_module('sdmad_nb.' + module.name)\n"
-            "from sdmad_nb.signs import preset_names, preset_path, read_signs\n"
-            f"assert preset_path('fastmri_plus').is_relative_to({str(installed_wheel)!r})\n"
-            "assert all(read_signs(preset_path(name)).texts for name in preset_names())\n"
-            "print(len(preset_names()), 'presets')")
-    environment = {**os.environ, "PYTHONPATH": str(installed_wheel), "SDMAD_CACHE": str(tmp_path / "cache")}
-    done = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
-    assert done.returncode == 0 and done.stdout.endswith("presets\n"), done.stderr
-
-
-def test_the_hook_is_installed():
-    points = importlib.metadata.entry_points(group="papermill.engine")
-    assert [point.value for point in points if point.name == "sdmad_nb"][:1] == ["sdmad_nb.papermill_engine:engine"]
