@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'Detector', 'zero_shot', 'augment_mvfa', 'support_tokens', 'training_step', 'finish', 'fit', 'embed',
-           'Outputs', 'judge', 'save', 'load']
+           'Outputs', 'judge', 'save', 'read_header', 'load']
 
 # %% ../nbs/10_training.ipynb #c46e7b13
 import json
@@ -182,34 +182,47 @@ def judge(
 def save(
     detector: Detector,
     path,  # of the safetensors file
+    notes: dict = None,  # what else the file should say, in JSON's types
 ) -> Path:  # the file written; ValueError for zero-shot CLIP, which has nothing to save
     "Write a fitted detector."
     if detector.adapters is None: raise ValueError("zero-shot CLIP has no adapters to save: fit a detector first")
     header = {"config": config_to_dict(detector.config), "backbone": detector.backbone.name,
               "fingerprint": detector.backbone.fingerprint, "signs": detector.signs.__dict__,
-              "format": "sdmad_nb detector 1"}
+              "format": "sdmad_nb detector 1", "notes": notes or {}}
     state = {**detector.adapters.state_dict(), "sign_features": detector.sign_features, "anchor": detector.anchor,
              "keep": detector.keep}
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     return write_atomically(path, lambda file: save_file(state, file, {"sdmad": json.dumps(header)}))
 
 # %% ../nbs/10_training.ipynb #ff570c27
+def read_header(
+    path,  # from `save`
+) -> dict:  # config (Config), signs (SignSet), backbone, fingerprint, notes; FileNotFoundError; ValueError for a foreign or damaged file
+    "Read what a detector's file says about itself, without its weights."
+    if not Path(path).is_file(): raise FileNotFoundError(f"model {path} does not exist: check the path, or fit one")
+    try:
+        with safe_open(path, "pt") as stored: header = json.loads((stored.metadata() or {})["sdmad"])
+        read = {"config": config_from_dict(header["config"]), "signs": SignSet(**header["signs"]), "notes": dict(header.get("notes") or {})}
+        return {**read, "backbone": str(header["backbone"]), "fingerprint": str(header["fingerprint"])}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
+
+# %% ../nbs/10_training.ipynb #aad76fa8
 def load(
     path,  # from `save`
     backbone: Backbone,  # the one it was fitted on
 ) -> Detector:  # ValueError for a foreign or damaged file, or another backbone
     "Read a fitted detector onto the backbone it was trained on."
-    try:
-        with safe_open(path, "pt") as stored: header = json.loads((stored.metadata() or {})["sdmad"])
-        state, config, signs = load_file(path), config_from_dict(header["config"]), SignSet(**header["signs"])
-        header["fingerprint"], header["backbone"]
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
+    header = read_header(path)
+    state, config, signs = load_file(path), header["config"], header["signs"]
     if header["fingerprint"] != backbone.fingerprint:
         raise ValueError(f"{path} was fitted on backbone {header['backbone']!r} ({header['fingerprint']}), not on "
                          f"{backbone.name!r} ({backbone.fingerprint}): "
                          "load that backbone, with the same weights and image size")
-    features = {name: state.pop(name).to(backbone.device) for name in ("sign_features", "anchor", "keep")}
     adapters = make_adapters(backbone, config)
-    adapters.load_state_dict(state)
+    try:
+        features = {name: state.pop(name).to(backbone.device) for name in ("sign_features", "anchor", "keep")}
+        adapters.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} lacks weights, or has others than its config says ({str(error).splitlines()[0]}): fit it again") from error
     return Detector(backbone, config, signs, adapters, **features)

@@ -1,0 +1,137 @@
+"The shell command and the five lines of Python, as somebody uses them who has not read the library."
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BIN, REAL, ROOT, run
+from PIL import Image
+
+from sdmad_nb.config import Config
+from sdmad_nb.experiments import open_data
+from sdmad_nb.sdmad import SDMAD
+
+SDMAD_COMMAND = str(BIN / "sdmad")
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    "Fit once, by the shell, on the small demo."
+    folder = tmp_path_factory.mktemp("tool")
+    dataset, _ = open_data("demo", 5, small=True)
+    done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5")
+    assert done.returncode == 0, done.stderr
+    assert "learned Craniotomy" in done.stderr and done.stdout == ""
+    return dataset, folder / "mine.safetensors"
+
+
+def test_predict_writes_a_table_to_a_file_or_to_standard_output(fitted, tmp_path):
+    dataset, model = fitted
+    done = run(SDMAD_COMMAND, "predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--heatmaps", tmp_path / "maps", "--batch-size", "7")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out.csv")
+    assert table.image.tolist() == list(dataset.images) and len(list((tmp_path / "maps").glob("*.png"))) == len(dataset)
+    assert table[list(dataset.categories)].isin([True, False]).all(axis=None) and np.isfinite(table.abnormal).all()
+    printed = run(SDMAD_COMMAND, "predict", model, *(dataset.path(i) for i in range(3)))
+    assert printed.returncode == 0 and printed.stdout.splitlines()[0].startswith("image,abnormal")
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(printed.stdout)).drop(columns="image"), table[:3].drop(columns="image"), atol=1e-5)
+
+
+def test_evaluate_says_what_the_object_says(fitted, tmp_path):
+    dataset, model = fitted
+    done = run(SDMAD_COMMAND, "evaluate", model, dataset.folder)
+    assert done.returncode == 0, done.stderr
+    shell, python = pd.read_csv(io.StringIO(done.stdout), index_col="metric"), SDMAD.load(model).evaluate(dataset.folder)
+    pd.testing.assert_frame_equal(shell, python, atol=1e-4)
+
+
+@pytest.mark.parametrize("words, code, says", [
+    (["predict", "MODEL", "nowhere.png"], 1, "nowhere.png cannot be read"),
+    (["predict", "none.safetensors", "IMAGE"], 1, "none.safetensors does not exist"),
+    (["predict", "IMAGE", "IMAGE"], 1, "is not a detector of this project"),
+    (["evaluate", "MODEL", "EMPTY"], 1, "EMPTY"),
+    (["predict", "MODEL", "EMPTY"], 1, "has no file ending in"),
+    (["fit", "EMPTY", "-o", "x.safetensors"], 1, "is not a data-set folder"),
+    (["fit", "demo", "-o", "no/folder/x.safetensors"], 1, "its folder does not exist"),
+    (["fit", "demo"], 2, "-o"), (["explode"], 2, "invalid choice"),
+])
+def test_what_is_wrong_is_said_in_a_sentence(fitted, tmp_path, words, code, says):
+    dataset, model = fitted
+    (tmp_path / "EMPTY").mkdir()
+    known = {"MODEL": model, "IMAGE": dataset.path(0), "EMPTY": tmp_path / "EMPTY"}
+    done = run(SDMAD_COMMAND, *(known.get(word, word) for word in words))
+    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == ""
+
+
+def test_bad_images_are_skipped_only_when_asked_and_nothing_is_half_written(fitted, tmp_path):
+    dataset, model = fitted
+    (tmp_path / "torn.png").write_bytes(dataset.path(0).read_bytes()[:500])
+    Image.new("RGBA", (50, 90), "white").save(tmp_path / "other.png")
+    images, out = [dataset.path(0), tmp_path / "torn.png", tmp_path / "other.png"], tmp_path / "out.csv"
+    done = run(SDMAD_COMMAND, "predict", model, *images, "-o", out)
+    assert done.returncode == 1 and "torn.png" in done.stderr and not out.exists()
+    done = run(SDMAD_COMMAND, "predict", model, *images, "-o", out, "--skip-bad")
+    assert done.returncode == 3 and "skipped: image" in done.stderr and len(pd.read_csv(out)) == 2
+
+
+def test_interrupted_it_leaves_no_file(fitted, tmp_path):
+    dataset, model = fitted
+    out = tmp_path / "out.csv"
+    many = [str(dataset.path(i % len(dataset))) for i in range(3000)]
+    process = subprocess.Popen([SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()) and process.poll() is None: time.sleep(0.05)  # until its temporary file is there
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and "stopped" in process.stderr.read()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_does_not_wait_for_torch():
+    "Asked of the modules that were imported, not of a clock."
+    code = "import sys; from sdmad_nb.command_line import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+    assert run(SDMAD_COMMAND, "prepare", "--help").returncode == 0
+
+
+def test_another_backbone_and_an_altered_file_are_refused(fitted, tmp_path):
+    from safetensors.torch import load_file, safe_open, save_file
+    _, model = fitted
+    with safe_open(model, "pt") as stored: header = json.loads(stored.metadata()["sdmad"])
+    state, altered = load_file(model), tmp_path / "altered.safetensors"
+    save_file(state, altered, {"sdmad": json.dumps({**header, "fingerprint": "0" * 16})})
+    with pytest.raises(ValueError, match="was fitted on backbone 'demo'"): SDMAD.load(altered)
+    save_file({name: value for name, value in state.items() if "down" not in name}, altered, {"sdmad": json.dumps(header)})
+    with pytest.raises(ValueError, match="altered.safetensors lacks weights"): SDMAD.load(altered)
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95" + os.urandom(200))
+    with pytest.raises(ValueError, match="is not a detector"): SDMAD.load(tmp_path / "pickle.safetensors")
+
+
+def test_memory_stays_flat_over_many_images(fitted):
+    "Twenty times the images: the peak of what Python allocates for them does not grow with their number."
+    import tracemalloc
+    dataset, model = fitted
+    from sdmad_nb.sdmad import stream_predictions
+    detector, peaks = SDMAD.load(model).detector, []
+    for count in (8, 160):
+        tracemalloc.start()
+        rows = sum(len(table) for table in stream_predictions(detector, [str(dataset.path(i % 8)) for i in range(count)], batch_size=8))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert rows == count
+    assert peaks[1] < 1.5 * peaks[0] + 2**20
+
+
+@pytest.mark.skipif(not (REAL / "idrid_codras").is_dir(), reason="the real fundus images are not here")
+def test_five_lines_on_real_fundus_images(tmp_path):
+    model = SDMAD.fit(REAL / "idrid_codras", shots=1, config=Config(epochs=2))
+    table = model.predict([REAL / "idrid_codras" / name for name in open_data(str(REAL / "idrid_codras"))[0].images[:3]])
+    model.explain(REAL / "idrid_codras" / table.image[0] if not os.path.isabs(table.image[0]) else table.image[0]).save(tmp_path / "why.png")
+    again = SDMAD.load(model.save(tmp_path / "fundus.safetensors"))
+    assert len(table) == 3 and again.categories == model.categories and (tmp_path / "why.png").stat().st_size > 1000
