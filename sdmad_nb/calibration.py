@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['margins_of', 'left_out_margins', 'sensitivity_threshold', 'platt_scaling', 'probabilities', 'reliability',
-           'expected_calibration_error']
+           'expected_calibration_error', 'Calibration', 'calibrate']
 
 # %% ../nbs/10_3_calibration.ipynb #6a2bb12b
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -30,7 +32,7 @@ def margins_of(
 
 def left_out_margins(
     backbone: Backbone,
-    tokens: torch.Tensor,  # (N, 1 + P, W) of the support, frozen after the first adapter's block
+    tokens: torch.Tensor,  # (V * N, 1 + P, W) of N support images, then of their variants, frozen after the first adapter's block
     labels: torch.Tensor,  # (N, C) 0/1
     signs: SignSet,
     bank: PromptBank,
@@ -38,12 +40,13 @@ def left_out_margins(
     folds: int = 0,  # parts that are left out in turn; 0 leaves out one image at a time
 ) -> np.ndarray:  # (N, C); ValueError where fewer than two images are there
     "Score every support image by a detector that has not seen it."
-    if len(tokens) < 2: raise ValueError("one image cannot be left out of itself: calibration needs at least two labelled images")
-    parts = np.array_split(numpy_generator(config.seed, "folds").permutation(len(tokens)), min(folds or len(tokens), len(tokens)))
+    count = len(labels)
+    if count < 2: raise ValueError("one image cannot be left out of itself: calibration needs at least two labelled images")
+    parts = np.array_split(numpy_generator(config.seed, "folds").permutation(count), min(folds or count, count))
     margins = np.empty(labels.shape)
     for rows in tqdm(parts, desc="leave out", unit="fit", leave=False):
-        others = np.setdiff1d(np.arange(len(tokens)), rows)
-        detector = fit(backbone, tokens[others], labels[others], signs, bank, config)
+        others = np.flatnonzero(~np.isin(np.arange(len(tokens)) % count, rows))
+        detector = fit(backbone, tokens[others], labels[others % count], signs, bank, config)
         margins[rows] = margins_of(detector, embed(detector, tokens, rows))
     return margins
 
@@ -100,3 +103,21 @@ def expected_calibration_error(
     "Average how far what was said is from what was so. Naeini et al. 2015"
     said, was, count = reliability(probability, labels, bins).T
     return float((np.abs(said - was) * count).sum() / count.sum())
+
+# %% ../nbs/10_3_calibration.ipynb #c67a343f
+@dataclass(frozen=True)
+class Calibration:
+    "Hold what left-out images have said about margins."
+    sensitivity: float  # that was asked for
+    threshold: float  # yes where a margin is at least this
+    slope: float  # of the probability
+    intercept: float
+    positives: int  # left-out answers that the threshold rests on
+
+def calibrate(
+    margins: np.ndarray,  # (N, C), of images that were not learned from
+    labels: np.ndarray,  # (N, C) 0/1
+    sensitivity: float = 0.9,  # share of positives to be found, in (0, 1]
+) -> Calibration:  # ValueError where there are only positives or only negatives, or the share is none
+    "Fix the threshold and the curve."
+    return Calibration(sensitivity, sensitivity_threshold(margins, labels, sensitivity), *platt_scaling(margins, labels), int(np.sum(labels)))

@@ -18,7 +18,7 @@ def fit_command(given) -> int:  # exit code
     from sdmad_nb.sdmad import SDMAD
     chosen = {name: value for name in ("backbone", "pretrained", "image_size", "epochs", "lam") if (value := getattr(given, name)) is not None}
     if not Path(given.output).resolve().parent.is_dir(): raise OSError(f"output {given.output}: its folder does not exist, make it first")
-    model = SDMAD.fit(given.data, given.shots, given.seed, given.signs, Config(**chosen), given.device)
+    model = SDMAD.fit(given.data, given.shots, given.seed, given.signs, Config(**chosen), given.device, given.sensitivity)
     model.save(given.output)
     print(f"learned {', '.join(model.detector.signs.categories)} from {len(model.learned)} images: {given.output}", file=sys.stderr)
     return 0
@@ -47,7 +47,7 @@ def predict_command(given) -> int:  # exit code
     "Predict images with a fitted model, as CSV."
     from sdmad_nb.sdmad import SDMAD, stream_predictions
     model, skipped = SDMAD.load(given.model, given.pretrained or "", given.device), [] if given.skip_bad else None
-    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped), given.output)
+    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, model.decider(given.rule)), given.output)
     if given.heatmaps: _heatmaps(model, given.images, given.heatmaps, given.skip_bad)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     return 3 if skipped else 0
@@ -57,7 +57,7 @@ def evaluate_command(given) -> int:  # exit code
     "Test a fitted model on a labelled folder, as CSV."
     from sdmad_nb.sdmad import SDMAD
     model = SDMAD.load(given.model, given.pretrained or "", given.device)
-    _write_tables([model.evaluate(given.data).reset_index()], given.output)
+    _write_tables([model.evaluate(given.data, rule=given.rule).reset_index()], given.output)
     return 0
 
 def demo_command(given) -> int:  # exit code
@@ -72,6 +72,7 @@ def demo_command(given) -> int:  # exit code
 def _model_options(parser):
     parser.add_argument("model", help="file from sdmad fit")
     parser.add_argument("-o", "--output", default="", help="CSV file; standard output where it is left out")
+    parser.add_argument("--rule", default="anchor", choices=("anchor", "calibrated"), help="what makes a yes: the paper's rule, or the threshold of a model fitted with --sensitivity (default: anchor)")
     parser.add_argument("--pretrained", help="where the backbone's checkpoint lies now, if it is a file that has moved")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
 
@@ -84,6 +85,7 @@ def _fit_options(parser):
     for name, kind, words in (("backbone", str, "demo, or an open_clip name such as ViT-L-14-quickgelu"), ("pretrained", str, "open_clip tag such as openai, or a checkpoint file"),
                               ("image-size", int, "input size in pixels"), ("epochs", int, "steps through the images"), ("lam", float, "share of the frozen stream, in [0, 1]")):
         parser.add_argument(f"--{name}", type=kind, help=words)
+    parser.add_argument("--sensitivity", type=float, help="also leave out each image in turn, for a threshold that should find this share of the positives, and for probabilities")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
 
 # %% ../nbs/17_command_line.ipynb #eb7701b7

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def fitted(tmp_path_factory):
     "Fit once, by the shell, on the small demo."
     folder = tmp_path_factory.mktemp("tool")
     dataset, _ = open_data("demo", 5, small=True)
-    done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5")
+    done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5", "--sensitivity", "0.8")
     assert done.returncode == 0, done.stderr
     assert "learned Craniotomy" in done.stderr and done.stdout == ""
     return dataset, folder / "mine.safetensors"
@@ -41,6 +42,50 @@ def test_predict_writes_a_table_to_a_file_or_to_standard_output(fitted, tmp_path
     printed = run(SDMAD_COMMAND, "predict", model, *(dataset.path(i) for i in range(3)))
     assert printed.returncode == 0 and printed.stdout.splitlines()[0].startswith("image,abnormal")
     pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(printed.stdout)).drop(columns="image"), table[:3].drop(columns="image"), atol=1e-5)
+
+
+def test_calibrated_decisions_come_with_probabilities(fitted, tmp_path):
+    dataset, model = fitted
+    done = run(SDMAD_COMMAND, "predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--rule", "calibrated")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out.csv")
+    calibration = SDMAD.load(model).calibration
+    assert calibration.sensitivity == 0.8 and calibration.positives > 0
+    for name in dataset.categories:  # one threshold on the margin is one threshold on the probability
+        chance = 1 / (1 + np.exp(-(calibration.slope * calibration.threshold + calibration.intercept)))
+        far = (table[f"{name} probability"] - chance).abs() > 1e-4
+        assert (table[name] == (table[f"{name} probability"] >= chance))[far].all()
+    plain = tmp_path / "plain.safetensors"
+    SDMAD(SDMAD.load(model).detector).save(plain)
+    done = run(SDMAD_COMMAND, "predict", plain, dataset.path(0), "--rule", "calibrated")
+    assert done.returncode == 1 and "without calibration" in done.stderr and done.stdout == ""
+
+
+def test_images_of_every_size_and_mode_are_predicted_together(fitted, tmp_path):
+    "And each as it would be alone: what is beside it in a batch does not matter."
+    dataset, model = fitted
+    detector = SDMAD.load(model)
+    image = Image.open(dataset.path(0))
+    image.convert("L").save(tmp_path / "grey.png"), image.convert("RGBA").save(tmp_path / "alpha.png")
+    image.convert("P").save(tmp_path / "palette.png"), image.resize((90, 50)).save(tmp_path / "small.jpg")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    together = detector.predict(tmp_path)
+    assert len(together) == 5
+    for name, row in together.set_index("image").iterrows():
+        assert np.isclose(detector.predict(tmp_path / name).abnormal[0], row.abnormal, atol=1e-5), name
+    same = together.set_index("image").abnormal
+    assert np.allclose(same[["alpha.png", "palette.png", "deep.png"]], same["grey.png"], atol=0.02)
+
+
+def test_other_findings_and_a_finding_without_signs_are_refused(fitted, tmp_path):
+    dataset, model = fitted
+    shutil.copytree(dataset.folder, tmp_path / "other")
+    labels = (tmp_path / "other" / "labels.csv")
+    labels.write_text(labels.read_text().replace("Craniotomy", "Crack", 1))
+    done = run(SDMAD_COMMAND, "evaluate", model, tmp_path / "other")
+    assert done.returncode == 1 and "Crack" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = run(SDMAD_COMMAND, "fit", tmp_path / "other", "-o", tmp_path / "x.safetensors", "--shots", "1")
+    assert done.returncode == 1 and "Crack" in done.stderr and "sign" in done.stderr and not (tmp_path / "x.safetensors").exists(), done.stderr
 
 
 def test_evaluate_says_what_the_object_says(fitted, tmp_path):
