@@ -45,9 +45,9 @@ def _write_tables(tables, output):  # file name, or "" for standard output
 
 def predict_command(given) -> int:  # exit code
     "Predict images with a fitted model, as CSV."
-    from sdmad_nb.sdmad import SDMAD, stream_predictions
+    from sdmad_nb.sdmad import SDMAD, decides, stream_predictions
     model, skipped = SDMAD.load(given.model, given.pretrained or "", given.device), [] if given.skip_bad else None
-    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, model.decider(given.rule)), given.output)
+    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, decides(given.rule, model.calibration)), given.output)
     if given.heatmaps: _heatmaps(model, given.images, given.heatmaps, given.skip_bad)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     return 3 if skipped else 0
