@@ -33,6 +33,7 @@ def reword(
 ) -> Detector:  # with the same adapters; SignError where a sign or the category is wrong, ValueError where a prompt is too long
     "Give a finding other signs, and select again. Eq. (6)"
     restrict(detector.signs, [category])  # is there such a category?
+    if tuple(texts) == detector.signs.signs[category]: return detector
     signs = replace(detector.signs, signs={**detector.signs.signs, category: tuple(texts)}, candidates={})
     bank = encode_prompts(detector.backbone, restrict(signs, [category]))
     fresh, _ = text_features(detector.backbone, bank, detector.adapters.text if detector.adapters else None)
@@ -105,12 +106,9 @@ class SignPanel(widgets.VBox):
         self.text.value = words  # `read` sees it
     def read(self):  # takes the signs from the field, or says what is wrong with them
         texts = tuple(line.strip() for line in self.text.value.splitlines() if line.strip())
-        if texts == self.model.detector.signs.signs[self.finding.value]: return self.show()
         try: self.model = replace(self.model, detector=reword(self.model.detector, self.finding.value, texts))
         except ValueError as error: self.message.value = f"<b>{escape(str(error))}</b>"
         else: self.show()
     def show(self):  # draws everything below the field
-        self.message.value = ""
-        self.scores.value, self.dropped.value, self.map.value = panel_parts(self.fitted, self.model, self.images[self.image.value], self.finding.value)
-    def _repr_mimebundle_(self, **options):
-        return {**super()._repr_mimebundle_(**options), "text/plain": "a panel, where a kernel is running", "image/png": b64encode(self.map.value).decode()}
+        self.message.value, (self.scores.value, self.dropped.value, self.map.value) = "", panel_parts(self.fitted, self.model, self.images[self.image.value], self.finding.value)
+    def _repr_mimebundle_(self, **options): return {**super()._repr_mimebundle_(**options), "text/plain": "a panel, where a kernel is running", "image/png": b64encode(self.map.value).decode()}

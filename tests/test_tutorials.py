@@ -119,6 +119,7 @@ def test_typing_another_sign_changes_score_and_map(lab, browser, tmp_path):
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys("ventricles of normal size", Keys.TAB)
     wait(lambda: row() != first, 10)
+    browser.execute_script("arguments[0].scrollIntoView()", find(" select")[0])
     browser.save_screenshot(tmp_path / "panel.png")
     fitted, now, change, *_ = map(float, row()[:3])
     assert fitted == float(first[0]) and now < 2 / 3 * fitted and abs(now - fitted - change) < 0.002 and picture() != seen
