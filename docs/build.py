@@ -15,7 +15,9 @@ from fastcore.docments import docments
 from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
+NBS = ROOT / "nbs"
+NOTEBOOKS = {path.relative_to(NBS).with_suffix("").as_posix(): path for path in sorted(NBS.rglob("*.ipynb"))
+             if not any(part[0] in "_." for part in path.relative_to(NBS).parts)}  # by the names of their pages
 MODULES = sorted(path.stem for path in (ROOT / "sdmad_nb").glob("[!_]*.py"))
 PAGES = ("data_links.md", "CONTRIBUTING.md", "CHANGELOG.md")
 EMPTY = inspect.Parameter.empty
@@ -46,13 +48,14 @@ def constants(name):  # of a module
 
 # Links
 
-def moved(text, folder):  # folder of the text in the checkout: "nbs" or ""
+def moved(text, folder):  # folder of the text in the checkout: "nbs", "nbs/tutorials" or ""
     "Lead relative links to pages of the site, or to the repository where the site has no such page."
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     def new(match):
         path = os.path.normpath(os.path.join(folder, match[1]))
-        if path in PAGES or path.startswith("nbs/"): return f"]({path.removeprefix('nbs/')}"
+        if path in PAGES or path.startswith("nbs/"):
+            return f"]({os.path.relpath(path.removeprefix('nbs/'), folder.removeprefix('nbs').lstrip('/') or '.')}"
         if not (ROOT / path).exists(): return match[0]  # Sphinx will say so
         return f"]({settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}/{path}"
     return re.sub(r"\]\((?![a-z]+:|[#/])([^)#\s]+)", new, text)
@@ -63,7 +66,7 @@ def link_table():  # {what stands in backticks: role or link}
     owners = {word: (name, thing) for name in MODULES for word, thing in public(name)}
     arguments = {word for _, thing in owners.values() if callable(thing) for word in inspect.signature(thing).parameters}
     links = {word: f"{{py:obj}}`{word} <sdmad_nb.{name}.{word}>`" for word, (name, _) in owners.items() if word not in arguments}
-    return links | {path.stem: f"[`{path.stem}`](/{path.name})" for path in NOTEBOOKS}
+    return links | {path.stem: f"[`{path.stem}`](/{name}.ipynb)" for name, path in NOTEBOOKS.items()}
 
 
 def linked(text, links):
@@ -93,6 +96,7 @@ def shown(cell):  # -> cell without its directives, or None
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     if "hide" in directives or not cell.source: return None
     if "echo: false" in directives: cell.metadata.tags = ["remove-input"]
+    for output in cell.get("outputs", []): output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)  # needs a kernel
     return cell
 
 
@@ -102,16 +106,17 @@ def notebook(path, links):
     book.cells[0].source = re.sub(r"^- \w+: \w+\n", "", book.cells[0].source, flags=re.M)  # nbdev's front matter
     book.cells = [cell for cell in map(shown, book.cells) if cell]
     for cell in book.cells:
-        if cell.cell_type == "markdown": cell.source = linked(moved(cell.source, "nbs"), links)
+        if cell.cell_type == "markdown": cell.source = linked(moved(cell.source, path.parent.relative_to(ROOT).as_posix()), links)
     return book
 
 
 def contents(text):  # of the index
     "List the notebooks in the order in which the index speaks of them, and the rest, as tables of contents."
-    order = list(dict.fromkeys(re.findall(r"\]\((\w+)\.ipynb\)", text)))
-    order += [path.stem for path in NOTEBOOKS if path.stem not in order and path.stem != "index"]
-    groups = {"Notebooks": [name for name in order if name[0].isdigit()],
-              "Experiments": [name for name in order if not name[0].isdigit()],
+    order = list(dict.fromkeys(re.findall(r"\]\(([\w/]+)\.ipynb\)", text)))
+    order += [name for name in NOTEBOOKS if name not in order and name != "index"]
+    groups = {"Tutorials": [name for name in order if "/" in name],
+              "Notebooks": [name for name in order if name[0].isdigit()],
+              "Experiments": [name for name in order if not name[0].isdigit() and "/" not in name],
               "Reference": ["api/index"], "Project": [page.removesuffix(".md") for page in PAGES]}
     return "\n\n".join("\n".join([":::{toctree}", ":hidden:", f":caption: {caption}", "", *names, ":::"])
                        for caption, names in groups.items())
@@ -215,12 +220,13 @@ def write_pages(folder):
     "Write everything that Sphinx reads."
     links = link_table()
     shutil.copytree(ROOT / "nbs" / "figures", folder / "figures", ignore=shutil.ignore_patterns("*.md"))
-    for path in NOTEBOOKS:
+    for name, path in NOTEBOOKS.items():
         book = notebook(path, links)
-        if path.stem == "index":
+        if name == "index":
             text = "\n".join(cell.source for cell in book.cells)
             book.cells.append(nbformat.v4.new_markdown_cell(contents(text), id="contents"))
-        nbformat.write(book, folder / path.name)
+        (folder / name).parent.mkdir(exist_ok=True)
+        nbformat.write(book, folder / f"{name}.ipynb")
     for page in PAGES:
         text = moved((ROOT / page).read_text(encoding="utf-8"), "")
         (folder / page).write_text(linked(text, links), encoding="utf-8")

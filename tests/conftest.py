@@ -18,6 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads weights; a mis
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+def notebook_name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()  # such as tutorials/1_one_image
+
+
 def run(*command, **kwargs):  # a finished process with text in stdout and stderr; keywords as subprocess.run has them
     "Run a command without a terminal and return what it said."
     kwargs = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **kwargs}

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from conftest import NOTEBOOKS, ROOT, run
+from conftest import NOTEBOOKS, ROOT, notebook_name, run
 
 MISSING = [name for name in ("sphinx", "myst_nb", "furo", "sphinx-mathjax-offline") if not find_spec(name)]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the site needs {', '.join(MISSING)}: pip install -e .[docs]")
@@ -51,10 +51,10 @@ def site(tmp_path_factory):
 def elsewhere(link): return bool(urlsplit(link).scheme or urlsplit(link).netloc) and not link.startswith("data:")
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=notebook_name)
 def test_every_notebook_has_a_page(site, notebook):
     "With its title and its code, without nbdev's directives and what they hide."
-    page, book = site[1][f"{notebook.stem}.html"].text, nbformat.read(notebook, as_version=4)
+    page, book = site[1][f"{notebook_name(notebook)}.html"].text, nbformat.read(notebook, as_version=4)
     assert book.cells[0].source.splitlines()[0].removeprefix("# ").replace("`", "") in page
     assert "#| " not in page and "- skip_exec" not in page and "default_exp" not in page
     for cell in book.cells:
@@ -120,7 +120,7 @@ def test_search_works_without_a_server(site):
     "The index of words is a script beside the pages; words of prose, code and outputs are in it."
     out, pages = site
     index = json.loads((out / "searchindex.js").read_text(encoding="utf-8").removeprefix("Search.setIndex(").removesuffix(")"))
-    assert {path.stem for path in NOTEBOOKS} | {f"api/{path.stem}" for path in MODULES} <= set(index["docnames"])
+    assert {notebook_name(path) for path in NOTEBOOKS} | {f"api/{path.stem}" for path in MODULES} <= set(index["docnames"])
     documents = index["terms"]["craniotomi"]  # stems, as the search makes them of what is typed
     assert "02_phantom" in [index["docnames"][number] for number in ([documents] if isinstance(documents, int) else documents)]
     assert any(entry[4] == "cosine_distance" for entry in index["objects"]["sdmad_nb.losses"])

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import pytest
-from conftest import BIN, EXPERIMENTS, LIBRARY, NOTEBOOKS, ROOT, run
+from conftest import BIN, EXPERIMENTS, LIBRARY, NOTEBOOKS, ROOT, notebook_name, run
 
 WORKERS = min(2, os.cpu_count() or 1)  # notebooks at a time, each with its share of the cores
 
@@ -43,17 +43,14 @@ def runs(request, tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 
-def name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-
-
-@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
+@pytest.mark.parametrize("notebook", LIBRARY, ids=notebook_name)
 def test_library_notebook(notebook, runs):
     "`nbdev_test` runs the notebook without an error."
     done = runs[notebook].result()
     assert done.returncode == 0 and "Success." in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=name)
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=notebook_name)
 def test_experiment_notebook(notebook, runs):
     "`papermill -p smoke True` runs the notebook without an error, and knows the parameters."
     done = runs[notebook].result()
@@ -61,7 +58,7 @@ def test_experiment_notebook(notebook, runs):
     assert "unknown parameter" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=name)
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=notebook_name)
 def test_experiment_is_ready_for_papermill(notebook):
     "One `parameters` cell, a line that keeps a bare `nbdev_test` from running it, and in run_*.ipynb no outputs."
     cells = nbformat.read(notebook, as_version=4).cells
@@ -75,7 +72,7 @@ def test_experiment_is_ready_for_papermill(notebook):
     assert not with_output, f"run `nbstripout --keep-id {notebook.relative_to(ROOT)}`: cells {with_output} have outputs"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=notebook_name)
 def test_notebook_is_readable(notebook):
     "Short cells, a title, one sentence, and the kernel that every installation has."
     book = nbformat.read(notebook, as_version=4)

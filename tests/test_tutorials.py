@@ -1,0 +1,128 @@
+"The tutorials: what is stored in them, and the panel of the third in a browser, by hand as it were."
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from importlib.util import find_spec
+from urllib.request import Request, urlopen
+
+import nbformat
+import pytest
+from conftest import BIN, NOTEBOOKS, ROOT, notebook_name
+
+TUTORIALS = [path for path in NOTEBOOKS if path.parent.name == "tutorials"]
+
+
+@pytest.mark.parametrize("notebook", TUTORIALS, ids=notebook_name)
+def test_a_tutorial_can_be_read_without_running_it(notebook):
+    "Every cell was run, in order and without an error; pictures are kept, paths of a machine and widgets' states are not."
+    book = nbformat.read(notebook, as_version=4)
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"] and "widgets" not in book.metadata
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
+    texts = [output.get("text", "") + "".join(str(text) for kind, text in output.get("data", {}).items() if kind.startswith("text/")) for output in outputs]
+    assert not [text for text in texts if re.search(r"(?<![\w.])/(?:home|Users|root|work|tmp|mnt|private|var)/\w", text)]
+    assert len(re.findall(r"\bassert\b|\brefused\(", "\n".join(cell.source for cell in cells))) >= 5, "a tutorial asserts what it says"
+
+
+def test_there_are_four_and_the_readme_leads_to_them():
+    assert len(TUTORIALS) == 4
+    assert all(f"(nbs/{notebook_name(path)}.ipynb)" in (ROOT / "README.md").read_text(encoding="utf-8") for path in TUTORIALS)
+
+
+# In a browser
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+MISSING = [name for name, there in (("chromium", CHROMIUM), ("chromedriver (Debian: chromium-driver)", DRIVER), ("the package selenium", find_spec("selenium"))) if not there]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "Run JupyterLab on a free port with a copy of the notebook; return the address of the notebook."
+    book = nbformat.read(ROOT / "nbs" / "tutorials" / "3_better_signs.ipynb", as_version=4)
+    for cell in book.cells:
+        if cell.cell_type == "code": cell.outputs, cell.execution_count = [], None  # what is seen was run here
+    nbformat.write(book, tmp_path / "3_better_signs.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
+    environment = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | {
+        "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTER_DATA_DIR": str(tmp_path / "data"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"), "TQDM_DISABLE": "1"}
+    with (tmp_path / "lab.log").open("w") as log:
+        server = subprocess.Popen([BIN / "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ip=127.0.0.1", f"--IdentityProvider.token={token}",
+                                   "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"],
+                                  cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            wait(lambda: server.poll() is None and urlopen(Request(f"{address}/api/status", headers={"Authorization": f"token {token}"}), timeout=2), 60)
+            yield f"{address}/lab/tree/3_better_signs.ipynb?token={token}"
+        finally:
+            server.terminate()
+            server.wait(10)
+
+
+def wait(ready, seconds, every=0.25):  # what `ready` returned; AssertionError when it takes too long
+    "Ask again and again; a question that cannot be answered yet is one that is not answered yet."
+    end, problem = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        try:
+            if answer := ready(): return answer
+        except Exception as error: problem = error  # the page or the server is not there yet
+        time.sleep(every)
+    raise AssertionError(f"not after {seconds} s: {problem}")
+
+
+@pytest.fixture
+def browser(tmp_path):
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+    options = ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1300,1100", f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(word)
+    driver = Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+READY = "return jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == 'idle'"
+COUNTS = "return jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type == 'code').map(c => c.model.executionCount)"
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"the browser test needs {', '.join(MISSING)}")
+def test_typing_another_sign_changes_score_and_map(lab, browser, tmp_path):
+    "In JupyterLab: run all cells, choose a finding, type a sign, leave the field, and read the panel."
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+    find = lambda css: browser.find_elements("css selector", f".jp-OutputArea-output .jupyter-widgets{css}")
+
+    def row():  # the finding's cells: score as fitted, now, change, decision as fitted, now
+        cells = next(line for line in find(" tr") if line.text.startswith("Enlarged ventricles")).find_elements("tag name", "td")
+        return [cell.text for cell in cells]
+
+    browser.get(lab)
+    wait(lambda: browser.execute_script(READY), 60)
+    browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+    wait(lambda: all(browser.execute_script(COUNTS)), 150)
+    browser.execute_script("arguments[0].scrollIntoView()", wait(lambda: find(" textarea"), 5)[0])
+    wait(lambda: find(" button"), 5)[0].click()  # all as fitted
+    Select(find(" select")[1]).select_by_visible_text("Enlarged ventricles")
+    field, picture = find(" textarea")[0], lambda: find(".widget-image")[0].get_attribute("src")
+    wait(lambda: "ventricles" in field.get_attribute("value") and float(row()[2]) == 0, 10)
+    first, seen = row(), picture()
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("ventricles of normal size", Keys.TAB)
+    wait(lambda: row() != first, 10)
+    browser.execute_script("arguments[0].scrollIntoView()", find(" select")[0])
+    browser.save_screenshot(tmp_path / "panel.png")
+    fitted, now, change, *_ = map(float, row()[:3])
+    assert fitted == float(first[0]) and now < 2 / 3 * fitted and abs(now - fitted - change) < 0.002 and picture() != seen
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys("a {thing}", Keys.TAB)
+    assert wait(lambda: [part for part in find(".widget-html") if "unknown field {thing}" in part.text], 10) and row()[1] == f"{now:.3f}"
