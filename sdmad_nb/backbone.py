@@ -48,8 +48,9 @@ class ImageTower:
         pooled = self.visual._pool(tokens)[0]
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
-    def project(self, tokens):  # (B, N, W) -> (B, N, D): any token as if it were the class token
-        return self.visual.ln_post(tokens) @ self.visual.proj
+    def norm(self, tokens): return self.visual.ln_post(tokens)  # (B, N, W), the last thing before the projection
+
+    def project(self, tokens): return self.norm(tokens) @ self.visual.proj  # (B, N, D): any token as if it were the class token
 
 # %% ../nbs/05_backbone.ipynb #be799728
 class TimmImageTower(ImageTower):
@@ -67,9 +68,9 @@ class TimmImageTower(ImageTower):
         trunk = self.visual.trunk
         return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
 
-    def project(self, tokens):
-        trunk = self.visual.trunk
-        return self.visual.head(trunk.head(trunk.fc_norm(trunk.norm(tokens))))
+    def norm(self, tokens): return self.visual.trunk.fc_norm(self.visual.trunk.norm(tokens))
+
+    def project(self, tokens): return self.visual.head(self.visual.trunk.head(self.norm(tokens)))
 
 # %% ../nbs/05_backbone.ipynb #a8d3b33b
 class EvaImageTower(TimmImageTower):
@@ -437,12 +438,12 @@ def _missing(files, shape):  # indices of the files that have to be made
 
 # %% ../nbs/05_backbone.ipynb #8d986956
 def _announce(count, shape, folder, limit):  # ValueError where the files would be larger than the limit
-    size = 4 * count * math.prod(shape)  # float32
+    size, what = 4 * count * math.prod(shape), f"the frozen tokens of {count} image{'s' if count > 1 else ''}"  # float32
     text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     if limit is not None and size > 1e9 * limit:
-        raise ValueError(f"the frozen tokens of {count} images would take {text} in {folder.name}, more than the limit of {limit} GB: "
+        raise ValueError(f"{what} would take {text} in {folder.name}, more than the limit of {limit} GB: "
                          "raise limit_gb, or set the cache folder to None to compute them whenever they are asked for")
-    if count: print(f"frozen tokens of {count} images: {text} in {folder.name}")
+    if count: print(f"{what}: {text} in {folder.name}")
 
 # %% ../nbs/05_backbone.ipynb #d52b842e
 @torch.no_grad()
