@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANOMALY_METHODS', 'ANOMALY_CODE', 'any_finding', 'masks_of', 'brightness', 'study_words', 'clip_map', 'normal_shots',
-           'memory_bank', 'map_shots', 'without_normalisation', 'mvfa', 'check_question', 'run_anomaly_method']
+           'memory_bank', 'winclip', 'map_shots', 'without_normalisation', 'mvfa', 'check_question',
+           'run_anomaly_method']
 
 # %% ../nbs/11_1_anomaly.ipynb #6ef671ad
 from dataclasses import replace
@@ -28,6 +29,8 @@ from .results import run_once
 from .signs import SignSet
 from .states import state_signs
 from .training import augment_mvfa, support_tokens
+from .winclip import SCALES, look, window_scores
+from .windows import window_store
 
 # %% ../nbs/11_1_anomaly.ipynb #6e3f23f5
 def any_finding(
@@ -84,16 +87,17 @@ def clip_map(study: Study, split: Split, config: Config) -> MapOutputs:
     return MapOutputs(torch.cat(scores), torch.cat(maps))
 
 # %% ../nbs/11_1_anomaly.ipynb #ccd13626
-def normal_shots(study, split):  # row numbers
+def normal_shots(study, split):  # row numbers; ValueError where there are none
     rows = indices(study.dataset, split.train)
-    return rows[~study.dataset.labels[rows].any(axis=1)]
+    rows = rows[~study.dataset.labels[rows].any(axis=1)]
+    if not len(rows): raise ValueError(f"{study.dataset.name} has no normal image among the shots: a memory needs at least one")
+    return rows
 
 @torch.no_grad()
 def memory_bank(study: Study, split: Split, config: Config) -> MapOutputs:  # ValueError without normal shots
     "Score by the distance to frozen patches of normal images."
     backbone, blocks, maps = study.backbone, resolve_layers(config.layers, study.backbone.depth), []
     paths = [study.dataset.path(row) for row in normal_shots(study, split)]
-    if not paths: raise ValueError(f"{study.dataset.name} has no normal image among the shots: a memory needs at least one")
     tokens = support_tokens(backbone, paths, blocks[0], config.augment)
     memory = [torch.cat(parts).flatten(0, 1) for parts in zip(*(patch_levels(backbone, part.to(backbone.device), blocks) for part in tokens.split(32)))]
     for rows in np.array_split(indices(study.dataset, split.test), -(-len(split.test) // 32)):
@@ -104,6 +108,28 @@ def memory_bank(study: Study, split: Split, config: Config) -> MapOutputs:  # Va
     return MapOutputs(maps.flatten(1).amax(1), maps)
 
 # %% ../nbs/11_1_anomaly.ipynb #769ba068
+@lru_cache(maxsize=2)
+def _windows(study):  # a store for each scale
+    files = [study.dataset.path(row) for row in range(len(study.dataset))]
+    return [window_store(study.backbone, files, scale, study.cache) for scale in SCALES]
+
+@torch.no_grad()
+def winclip(
+    study: Study,
+    split: Split,
+    config: Config,  # prompts
+    memory: bool = False,  # WinCLIP+
+) -> MapOutputs:  # ValueError where WinCLIP+ has no normal shots, or the backbone cannot read windows
+    "Score windows with words, and by the distance to those of normal images."
+    backbone, words, device = study.backbone, study_words(study, config), study.backbone.device
+    kept = normal_shots(study, split) if memory else None
+    view = lambda rows: look(backbone, study.tokens[rows].to(device), study.tokens.block, [store[rows].to(device) for store in _windows(study)])
+    seen = view(kept) if memory else None
+    parts = [window_scores(backbone, view(rows), words.normal, words.abnormal, seen)
+             for rows in np.array_split(indices(study.dataset, split.test), -(-len(split.test) // 32))]
+    return MapOutputs(*(torch.cat(part).cpu() for part in zip(*parts)))
+
+# %% ../nbs/11_1_anomaly.ipynb #df857668
 def map_shots(
     study: Study,
     split: Split,
@@ -121,7 +147,7 @@ def map_shots(
     if config.augment == "mvfa": drawn = augment_mvfa(drawn)
     return MapShots(tokens, labels, (drawn[:, 0] >= 0.5).float(), known.repeat(times)), len(rows)
 
-# %% ../nbs/11_1_anomaly.ipynb #df857668
+# %% ../nbs/11_1_anomaly.ipynb #8dd9ad96
 @lru_cache(maxsize=1)
 def without_normalisation(study: Study) -> Study:
     "Feed the backbone raw pixels, as MVFA's released code does."
@@ -138,7 +164,7 @@ def _test_score(study, split):  # -> function of a detector, as the released cod
         return image + (pixel_metrics(out.maps, _pixels(study.dataset, split), 1, generator=np.random.default_rng(0))["pixel"]["auroc"] if detector.maps_count else 0)
     return judge
 
-# %% ../nbs/11_1_anomaly.ipynb #072f5ee6
+# %% ../nbs/11_1_anomaly.ipynb #f00f3566
 def mvfa(
     study: Study,
     split: Split,
@@ -152,17 +178,19 @@ def mvfa(
     detector = fit_mvfa(study.backbone, shots, study_words(study, config), config, plain, signs, judge)
     return score_maps(detector, study.tokens, indices(study.dataset, split.test))
 
-# %% ../nbs/11_1_anomaly.ipynb #f00f3566
+# %% ../nbs/11_1_anomaly.ipynb #615ae21a
 ANOMALY_METHODS = {
     "brightness": Method("Brightness", brightness),
     "clip-map": Method("CLIP zero-shot", clip_map),
     "memory-bank": Method("Memory bank", memory_bank),
+    "winclip": Method("WinCLIP", winclip),
+    "winclip-plus": Method("WinCLIP+", partial(winclip, memory=True)),
     "mvfa": Method("MVFA", mvfa),
     "sd-mad-mvfa": Method("SD-MAD on MVFA", partial(mvfa, signs=True)),
 }
 
-# %% ../nbs/11_1_anomaly.ipynb #615ae21a
-ANOMALY_CODE = (*CODE, "anomaly", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states")
+# %% ../nbs/11_1_anomaly.ipynb #0dc435e1
+ANOMALY_CODE = (*CODE, "anomaly", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states", "winclip", "windows")
 
 def check_question(
     dataset: DataSet,
@@ -184,7 +212,7 @@ def _few_maps(dataset, rows, maps):  # -> {image: 28 x 28 map}, of six abnormal 
     few = ill[np.linspace(0, len(ill) - 1, min(6, len(ill))).astype(int)]
     return {dataset.images[rows[i]]: F.adaptive_avg_pool2d(maps[[i]].float(), 28)[0].numpy().round(4) for i in few}
 
-# %% ../nbs/11_1_anomaly.ipynb #a6bd48d7
+# %% ../nbs/11_1_anomaly.ipynb #74522aec
 def _measure_maps(study, split, outputs, draws, pixels, seed):
     rows = indices(study.dataset, split.test)
     labels, patients = study.dataset.labels[rows].any(axis=1, keepdims=True), np.array(study.dataset.patients)[rows]
@@ -194,7 +222,7 @@ def _measure_maps(study, split, outputs, draws, pixels, seed):
     drawn = {"train": split.train, "test": split.test, "positives": int(labels.sum())}
     return {"metrics": metrics, "split": drawn, "outputs": {"scores": outputs.scores, "maps": _few_maps(study.dataset, rows, outputs.maps)}}
 
-# %% ../nbs/11_1_anomaly.ipynb #faa6ed8f
+# %% ../nbs/11_1_anomaly.ipynb #58fccfd3
 def run_anomaly_method(
     study: Study,
     method: str,  # a key of `ANOMALY_METHODS`
@@ -203,7 +231,7 @@ def run_anomaly_method(
     pixels: bool = True,  # judge maps too
     draws: int = 200,  # of the bootstrap
 ) -> dict:  # the record; DataError where the test set cannot answer the question
-    "Run one method of Table 1 with one seed, or read its record."
+    "Run one method with one seed, or read its record."
     config = replace(study.config, seed=seed)
     split = split_of(study, config, folder)
     check_question(study.dataset, split, pixels)

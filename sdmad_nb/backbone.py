@@ -6,12 +6,13 @@
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
            'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
            'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'patch_levels',
-           'TokenStore', 'frozen_tokens', 'PromptBank', 'token_counts', 'check_length', 'encode_sentences',
-           'encode_prompts', 'text_features']
+           'TokenStore', 'frozen_values', 'frozen_tokens', 'PromptBank', 'token_counts', 'check_length',
+           'encode_sentences', 'encode_prompts', 'text_features']
 
 # %% ../nbs/05_backbone.ipynb #9e13339b
 import hashlib
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -47,8 +48,9 @@ class ImageTower:
         pooled = self.visual._pool(tokens)[0]
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
-    def project(self, tokens):  # (B, N, W) -> (B, N, D): any token as if it were the class token
-        return self.visual.ln_post(tokens) @ self.visual.proj
+    def norm(self, tokens): return self.visual.ln_post(tokens)  # (B, N, W), the last thing before the projection
+
+    def project(self, tokens): return self.norm(tokens) @ self.visual.proj  # (B, N, D): any token as if it were the class token
 
 # %% ../nbs/05_backbone.ipynb #be799728
 class TimmImageTower(ImageTower):
@@ -66,9 +68,9 @@ class TimmImageTower(ImageTower):
         trunk = self.visual.trunk
         return self.visual.head(trunk.forward_head(trunk.norm(tokens)))
 
-    def project(self, tokens):
-        trunk = self.visual.trunk
-        return self.visual.head(trunk.head(trunk.fc_norm(trunk.norm(tokens))))
+    def norm(self, tokens): return self.visual.trunk.fc_norm(self.visual.trunk.norm(tokens))
+
+    def project(self, tokens): return self.visual.head(self.visual.trunk.head(self.norm(tokens)))
 
 # %% ../nbs/05_backbone.ipynb #a8d3b33b
 class EvaImageTower(TimmImageTower):
@@ -404,13 +406,23 @@ def patch_levels(
     return levels
 
 # %% ../nbs/05_backbone.ipynb #06efa25f
+def _read(files): return torch.stack([load_file(file)["tokens"] for file in files])
+
 class TokenStore:
-    "Read the frozen tokens of images, taken after block `block`, from their files."
-    def __init__(self, files, block): self.files, self.block = list(files), block
+    "Read the frozen tokens of images from their files, or compute them when asked."
+    def __init__(
+        self,
+        files,  # N token files; image files where `compute` is given
+        block=None,  # the tokens are those after this block
+        compute=None,  # function of B image files -> (B, ...)
+    ): self.files, self.block, self.compute = list(files), block, compute
     def __len__(self): return len(self.files)
 
+    @property
+    def cache(self): return None if self.compute or not self.files else Path(self.files[0]).parent.parent  # folder of folders
+
     def __getitem__(self, indices):  # (B,) whole numbers -> (B, 1 + P, W)
-        return torch.stack([load_file(self.files[int(index)])["tokens"] for index in indices])
+        return (self.compute or _read)([self.files[int(index)] for index in indices])
 
 # %% ../nbs/05_backbone.ipynb #30713998
 def _sound(file, shape):
@@ -425,29 +437,58 @@ def _missing(files, shape):  # indices of the files that have to be made
     return sorted(absent + broken)
 
 # %% ../nbs/05_backbone.ipynb #8d986956
+def _announce(count, shape, folder, limit):  # ValueError where the files would be larger than the limit
+    size, what = 4 * count * math.prod(shape), f"the frozen tokens of {count} image{'s' if count > 1 else ''}"  # float32
+    text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    if limit is not None and size > 1e9 * limit:
+        raise ValueError(f"{what} would take {text} in {folder.name}, more than the limit of {limit} GB: "
+                         "raise limit_gb, or set the cache folder to None to compute them whenever they are asked for")
+    if count: print(f"{what}: {text} in {folder.name}")
+
+# %% ../nbs/05_backbone.ipynb #d52b842e
 @torch.no_grad()
+def frozen_values(
+    backbone: Backbone,
+    images,  # N image files
+    name: str,  # what `compute` computes, with all it depends on but the backbone; names the folder
+    shape,  # of one image's values
+    compute,  # function (B, 3, H, H) -> (B, *shape)
+    folder=None,  # cache folder; None keeps nothing and computes whenever it is asked
+    batch_size: int = 32,  # images per forward pass
+    limit_gb: float = None,  # refuse to write more than this
+    block: int = None,  # noted in the store
+) -> TokenStore:  # N entries, in the order of `images`; ValueError above the limit
+    "Compute something of each image once, and keep it on disk."
+    @torch.no_grad()
+    def forward(paths):  # B image files -> (B, *shape)
+        pixels = torch.stack([backbone.preprocess(load_rgb(path)) for path in paths]).to(backbone.device)
+        return torch.cat([compute(part).cpu() for part in pixels.split(batch_size)])
+    if folder is None: return TokenStore(images, block, forward)
+    folder = Path(folder) / f"{backbone.fingerprint}-{name}"
+    files = [folder / f"{hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32]}.safetensors" for image in images]
+    todo = sorted({files[index]: index for index in _missing(files, shape)}.values())
+    _announce(len(todo), shape, folder, limit_gb)
+    batches = [todo[start:start + batch_size] for start in range(0, len(todo), batch_size)]
+    for batch in tqdm(batches, desc=f"frozen tokens, {backbone.name}", unit="batch", disable=not batches):
+        for index, one in zip(batch, forward([images[index] for index in batch])):
+            write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
+    return TokenStore(files, block)
+
+# %% ../nbs/05_backbone.ipynb #1f61fb63
 def frozen_tokens(
     backbone: Backbone,
     images,  # N image files
     block: int,  # tokens after this block
-    folder,  # cache folder
+    folder=None,  # cache folder; None keeps nothing and computes whenever it is asked
     batch_size: int = 32,  # images per forward pass
-) -> TokenStore:  # N entries, in the order of `images`
+    limit_gb: float = None,  # refuse to write more than this
+) -> TokenStore:  # N entries, in the order of `images`; ValueError above the limit
     "Compute each image's frozen tokens once, and keep them on disk."
-    folder = Path(folder) / f"{backbone.fingerprint}-block{block}"
-    files = [folder / f"{hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32]}.safetensors" for image in images]
     blank = torch.zeros(1, 3, backbone.image_size, backbone.image_size, device=backbone.device)
-    todo = _missing(files, backbone.image.stem(blank).shape[1:])
-    todo = sorted({files[index]: index for index in todo}.values())
-    batches = [todo[start:start + batch_size] for start in range(0, len(todo), batch_size)]
-    for batch in tqdm(batches, desc=f"frozen tokens, {backbone.name}", unit="batch", disable=not batches):
-        pixels = torch.stack([backbone.preprocess(load_rgb(images[index])) for index in batch]).to(backbone.device)
-        tokens = run_blocks(backbone, backbone.image.stem(pixels), 0, block).cpu()
-        for index, one in zip(batch, tokens):
-            write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
-    return TokenStore(files, block)
+    walk = lambda pixels: run_blocks(backbone, backbone.image.stem(pixels), 0, block)
+    return frozen_values(backbone, images, f"block{block}", backbone.image.stem(blank).shape[1:], walk, folder, batch_size, limit_gb, block)
 
-# %% ../nbs/05_backbone.ipynb #d52b842e
+# %% ../nbs/05_backbone.ipynb #32d6fb47
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -455,7 +496,7 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #1f61fb63
+# %% ../nbs/05_backbone.ipynb #10d55b2e
 def token_counts(backbone: Backbone, sentences) -> list:  # N numbers, a start and an end among each
     "Count the tokens of sentences."
     encode = getattr(backbone.tokenizer, "encode", None) or backbone.tokenizer.tokenizer.tokenize
@@ -474,7 +515,7 @@ def check_length(
         raise ValueError(f"this prompt has {having} but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #32d6fb47
+# %% ../nbs/05_backbone.ipynb #7bc44f7d
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -482,7 +523,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #10d55b2e
+# %% ../nbs/05_backbone.ipynb #9d7ebd72
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -502,7 +543,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #7bc44f7d
+# %% ../nbs/05_backbone.ipynb #ef6e70c3
 def text_features(
     backbone: Backbone,
     bank: PromptBank,

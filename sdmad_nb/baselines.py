@@ -44,7 +44,7 @@ class Study:
     medclip: MedClip = None  # where its weights are there
 
     @property
-    def cache(self) -> Path: return Path(self.tokens.files[0]).parent.parent
+    def cache(self) -> Path: return self.tokens.cache
 
 # %% ../nbs/11_baselines.ipynb #fd8a2b41
 def open_study(
