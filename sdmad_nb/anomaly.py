@@ -21,8 +21,9 @@ from .baselines import CODE, Method, Study, identify, split_of
 from .config import Config, numpy_generator, resolve_layers
 from .data import DataError, DataSet, Split, indices, load_mask, load_rgb
 from .evaluation import anomaly_auroc, bootstrap_interval
-from .maps import memory_distance, text_logits
-from .mvfa import MapOutputs, MapShots, Words, fit_mvfa, score_maps, words_of
+from .map_losses import MapShots
+from .maps import MapOutputs, memory_distance, text_logits
+from .mvfa import Words, fit_mvfa, score_maps, words_of
 from .pixel_losses import upsample
 from .pixel_metrics import Pixels, know_pixels, pixel_metrics
 from .results import run_once
@@ -190,7 +191,7 @@ ANOMALY_METHODS = {
 }
 
 # %% ../nbs/11_1_anomaly.ipynb #0dc435e1
-ANOMALY_CODE = (*CODE, "anomaly", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states", "winclip", "windows")
+ANOMALY_CODE = (*CODE, "anomaly", "map_losses", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states", "winclip", "windows")
 
 def check_question(
     dataset: DataSet,
@@ -225,16 +226,18 @@ def _measure_maps(study, split, outputs, draws, pixels, seed):
 # %% ../nbs/11_1_anomaly.ipynb #58fccfd3
 def run_anomaly_method(
     study: Study,
-    method: str,  # a key of `ANOMALY_METHODS`
+    method: str,  # a key of `methods`
     seed: int,
     folder,  # results folder of the experiment
     pixels: bool = True,  # judge maps too
     draws: int = 200,  # of the bootstrap
+    methods: dict = ANOMALY_METHODS,
+    code: tuple = ANOMALY_CODE,  # modules that their numbers depend on
 ) -> dict:  # the record; DataError where the test set cannot answer the question
     "Run one method with one seed, or read its record."
     config = replace(study.config, seed=seed)
     split = split_of(study, config, folder)
     check_question(study.dataset, split, pixels)
-    path, identity = identify(study, config, method, split, folder, ANOMALY_CODE, draws)
+    path, identity = identify(study, config, method, split, folder, code, draws)
     path, identity = path.with_stem(path.stem + ("" if pixels else "-images")), {**identity, "judged": "pixels" if pixels else "images"}
-    return run_once(path, identity, lambda: _measure_maps(study, split, ANOMALY_METHODS[method].run(study, split, config), draws, pixels, seed))
+    return run_once(path, identity, lambda: _measure_maps(study, split, methods[method].run(study, split, config), draws, pixels, seed))

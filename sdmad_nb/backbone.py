@@ -6,8 +6,8 @@
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
            'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
            'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'patch_levels',
-           'TokenStore', 'frozen_values', 'frozen_tokens', 'PromptBank', 'token_counts', 'check_length',
-           'encode_sentences', 'encode_prompts', 'text_features']
+           'TokenStore', 'image_reader', 'frozen_parts', 'frozen_values', 'frozen_tokens', 'PromptBank', 'token_counts',
+           'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
 
 # %% ../nbs/05_backbone.ipynb #9e13339b
 import hashlib
@@ -446,7 +446,45 @@ def _announce(count, shape, folder, limit):  # ValueError where the files would 
     if count: print(f"{what}: {text} in {folder.name}")
 
 # %% ../nbs/05_backbone.ipynb #d52b842e
-@torch.no_grad()
+def image_reader(
+    backbone: Backbone,
+    compute,  # function (B, 3, H, H) -> (B, ...)
+    batch_size: int = 32,  # images per forward pass
+):  # -> function of B image files -> (B, ...), on the CPU
+    "Read images, and compute something of them without gradients."
+    @torch.no_grad()
+    def forward(paths):
+        pixels = torch.stack([backbone.preprocess(load_rgb(path)) for path in paths])
+        return torch.cat([compute(part.to(backbone.device)).cpu() for part in pixels.split(batch_size)])
+    return forward
+
+# %% ../nbs/05_backbone.ipynb #1f61fb63
+def frozen_parts(
+    backbone: Backbone,
+    images,  # N image files
+    names,  # L names of what `compute` computes, with all it depends on but the backbone; each names a folder
+    shape,  # of one of an image's values
+    compute,  # function (B, 3, H, H) -> (B, L, *shape)
+    folder,  # cache folder
+    batch_size: int = 32,  # images per forward pass
+    limit_gb: float = None,  # refuse to write more than this
+) -> list:  # L `TokenStore`s of N entries, in the order of `images`; ValueError above the limit
+    "Compute several things of each image in one pass, once, and keep them on disk."
+    digests = [hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32] for image in images]
+    folders = [Path(folder) / f"{backbone.fingerprint}-{name}" for name in names]
+    files, forward = [[part / f"{digest}.safetensors" for digest in digests] for part in folders], image_reader(backbone, compute, batch_size)
+    absent = [sorted({part[index]: index for index in _missing(part, shape)}.values()) for part in files]
+    todo = sorted(set().union(*absent))
+    values_each = sum(map(len, absent)) / max(1, len(todo))  # of an image, on average
+    _announce(len(todo), (values_each, *shape), Path(f"{backbone.fingerprint}-{', '.join(names)}"), limit_gb)
+    batches = [todo[start:start + batch_size] for start in range(0, len(todo), batch_size)]
+    for batch in tqdm(batches, desc=f"frozen tokens, {backbone.name}", unit="batch", disable=not batches):
+        for index, values in zip(batch, forward([images[index] for index in batch])):
+            for part, missing, one in zip(files, absent, values):
+                if index in missing: write_atomically(part[index], lambda file: save_file({"tokens": one.clone()}, file))
+    return [TokenStore(part) for part in files]
+
+# %% ../nbs/05_backbone.ipynb #32d6fb47
 def frozen_values(
     backbone: Backbone,
     images,  # N image files
@@ -459,22 +497,11 @@ def frozen_values(
     block: int = None,  # noted in the store
 ) -> TokenStore:  # N entries, in the order of `images`; ValueError above the limit
     "Compute something of each image once, and keep it on disk."
-    @torch.no_grad()
-    def forward(paths):  # B image files -> (B, *shape)
-        pixels = torch.stack([backbone.preprocess(load_rgb(path)) for path in paths]).to(backbone.device)
-        return torch.cat([compute(part).cpu() for part in pixels.split(batch_size)])
-    if folder is None: return TokenStore(images, block, forward)
-    folder = Path(folder) / f"{backbone.fingerprint}-{name}"
-    files = [folder / f"{hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32]}.safetensors" for image in images]
-    todo = sorted({files[index]: index for index in _missing(files, shape)}.values())
-    _announce(len(todo), shape, folder, limit_gb)
-    batches = [todo[start:start + batch_size] for start in range(0, len(todo), batch_size)]
-    for batch in tqdm(batches, desc=f"frozen tokens, {backbone.name}", unit="batch", disable=not batches):
-        for index, one in zip(batch, forward([images[index] for index in batch])):
-            write_atomically(files[index], lambda file: save_file({"tokens": one.contiguous()}, file))
-    return TokenStore(files, block)
+    if folder is None: return TokenStore(images, block, image_reader(backbone, compute, batch_size))
+    [store] = frozen_parts(backbone, images, [name], shape, lambda pixels: compute(pixels)[:, None], folder, batch_size, limit_gb)
+    return TokenStore(store.files, block)
 
-# %% ../nbs/05_backbone.ipynb #1f61fb63
+# %% ../nbs/05_backbone.ipynb #10d55b2e
 def frozen_tokens(
     backbone: Backbone,
     images,  # N image files
@@ -488,7 +515,7 @@ def frozen_tokens(
     walk = lambda pixels: run_blocks(backbone, backbone.image.stem(pixels), 0, block)
     return frozen_values(backbone, images, f"block{block}", backbone.image.stem(blank).shape[1:], walk, folder, batch_size, limit_gb, block)
 
-# %% ../nbs/05_backbone.ipynb #32d6fb47
+# %% ../nbs/05_backbone.ipynb #7bc44f7d
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -496,7 +523,7 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #10d55b2e
+# %% ../nbs/05_backbone.ipynb #9d7ebd72
 def token_counts(backbone: Backbone, sentences) -> list:  # N numbers, a start and an end among each
     "Count the tokens of sentences."
     encode = getattr(backbone.tokenizer, "encode", None) or backbone.tokenizer.tokenizer.tokenize
@@ -515,7 +542,7 @@ def check_length(
         raise ValueError(f"this prompt has {having} but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #7bc44f7d
+# %% ../nbs/05_backbone.ipynb #ef6e70c3
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -523,7 +550,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #9d7ebd72
+# %% ../nbs/05_backbone.ipynb #5fd132fc
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -543,7 +570,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #ef6e70c3
+# %% ../nbs/05_backbone.ipynb #5b9908f8
 def text_features(
     backbone: Backbone,
     bank: PromptBank,
