@@ -253,7 +253,7 @@ def _check_name(name, pretrained):
     check_quickgelu(name, pretrained)
     if pretrained not in tags and not Path(pretrained).is_file():
         raise ValueError(f"pretrained {pretrained!r} is neither a file nor a tag of {name!r}: "
-                         f"use one of {tags} or a checkpoint file")
+                         f"set pretrained to a checkpoint file{f', or to one of {tags}' if tags else ''}")
 
 # %% ../nbs/05_backbone.ipynb #3964b4be
 def _reason(error):

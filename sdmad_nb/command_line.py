@@ -34,20 +34,20 @@ def _heatmaps(model, images, folder, skip_bad):
             if not skip_bad: raise
         else: why.save(Path(folder) / f"{number:04d}-{Path(name).stem}.png")
 
-def _write_tables(tables, output):  # file name, or "" for standard output
+def _write_tables(tables, output):  # file name, or an open file
     from sdmad_nb.config import write_atomically
     def write(file):
         for number, table in enumerate(tables): table.to_csv(file, index=False, header=number == 0)
     def into(path):
         with path.open("w", encoding="utf-8", newline="") as file: write(file)
-    if output: write_atomically(output, into)
-    else: write(sys.__stdout__)
+    if isinstance(output, str): write_atomically(output, into)
+    else: write(output)
 
 def predict_command(given) -> int:  # exit code
     "Predict images with a fitted model, as CSV."
     from sdmad_nb.sdmad import SDMAD, decides, stream_predictions
     model, skipped = SDMAD.load(given.model, given.pretrained or "", given.device), [] if given.skip_bad else None
-    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, decides(given.rule, model.calibration)), given.output)
+    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, decides(given.rule, model.calibration)), given.output or given.stdout)
     if given.heatmaps: _heatmaps(model, given.images, given.heatmaps, given.skip_bad)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     return 3 if skipped else 0
@@ -57,7 +57,7 @@ def evaluate_command(given) -> int:  # exit code
     "Test a fitted model on a labelled folder, as CSV."
     from sdmad_nb.sdmad import SDMAD
     model = SDMAD.load(given.model, given.pretrained or "", given.device)
-    _write_tables([model.evaluate(given.data, rule=given.rule).reset_index()], given.output)
+    _write_tables([model.evaluate(given.data, rule=given.rule).reset_index()], given.output or given.stdout)
     return 0
 
 def demo_command(given) -> int:  # exit code
@@ -119,7 +119,7 @@ def shell(
     if words[:1] == ["prepare"]:
         from sdmad_nb.prepare import main as prepare
         return prepare(words[1:])
-    given = make_parser().parse_args(words)
+    given = make_parser().parse_args(words, argparse.Namespace(stdout=sys.stdout))  # the table's, before it is given away
     try:
         with redirect_stdout(sys.stderr): return COMMANDS_SHELL[given.command](given)
     except KeyboardInterrupt:
