@@ -180,6 +180,7 @@ class LevelDetector:
     ranges: tuple = ()  # of the four branches
     history: tuple = ()  # loss of each epoch
 
+# %% ../nbs/10_5_fusion.ipynb #219b9a79
 @torch.no_grad()
 def level_branches(
     detector: LevelDetector,
@@ -202,7 +203,7 @@ def level_branches(
         parts.append([part.cpu() for part in found])
     return [torch.cat(column) for column in zip(*parts)]
 
-# %% ../nbs/10_5_fusion.ipynb #f6787488
+# %% ../nbs/10_5_fusion.ipynb #eed0f4ba
 def score_levels(
     detector: LevelDetector,
     tokens,  # (B, L, N, W) tensor, or a store of such rows; one image is enough
@@ -214,7 +215,7 @@ def score_levels(
     ranges = [range_of(part) for part in found] if "test-set-min-max" in detector.config.mvfa_faults else detector.ranges
     return combine_branches(found, ranges, detector.maps_count)
 
-# %% ../nbs/10_5_fusion.ipynb #79c99e5d
+# %% ../nbs/10_5_fusion.ipynb #a3bd2c7a
 def fit_levels(
     backbone: Backbone,
     shots: MapShots,  # tokens (K, L, N, W); images first, then their variants
@@ -237,7 +238,7 @@ def fit_levels(
     ill = shots.tokens[:plain][shots.labels[:plain] == 1]
     return replace(detector, ranges=tuple(range_of(part) for part in level_branches(detector, ill)))
 
-# %% ../nbs/10_5_fusion.ipynb #4ff3767e
+# %% ../nbs/10_5_fusion.ipynb #19d632fc
 def joint_width(backbone: Backbone) -> int:
     "Say how wide the space shared by images and texts is."
     return backbone.image.project(torch.zeros(1, 1, backbone.image.width, device=backbone.device)).shape[-1]
