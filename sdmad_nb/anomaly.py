@@ -30,7 +30,7 @@ from .results import run_once
 from .signs import SignSet
 from .states import state_signs
 from .training import augment_mvfa, support_tokens
-from .winclip import SCALES, look, window_scores
+from .winclip import SCALES, views_of, window_scores
 from .windows import window_store
 
 # %% ../nbs/11_1_anomaly.ipynb #6e3f23f5
@@ -124,7 +124,7 @@ def winclip(
     "Score windows with words, and by the distance to those of normal images."
     backbone, words, device = study.backbone, study_words(study, config), study.backbone.device
     kept = normal_shots(study, split) if memory else None
-    view = lambda rows: look(backbone, study.tokens[rows].to(device), study.tokens.block, [store[rows].to(device) for store in _windows(study)])
+    view = lambda rows: views_of(backbone, study.tokens[rows].to(device), study.tokens.block, [store[rows].to(device) for store in _windows(study)])
     seen = view(kept) if memory else None
     parts = [window_scores(backbone, view(rows), words.normal, words.abnormal, seen)
              for rows in np.array_split(indices(study.dataset, split.test), -(-len(split.test) // 32))]
