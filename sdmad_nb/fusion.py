@@ -20,7 +20,7 @@ from .adapters import draw_linear
 from .backbone import Backbone
 from .config import PATHS, Config, resolve_layers, torch_generator
 from .levels import class_and_patches
-from .map_losses import MapShots, known_loss, pooled_loss, shot_epoch
+from .map_losses import MapShots, shot_epoch, shot_loss
 from .maps import MapOutputs, combine_branches, memory_distance, range_of, text_logits
 from .pixel_losses import upsample
 from .prompts import LearnedPrompts, random_context
@@ -146,7 +146,7 @@ def fusion_loss(
     weights,  # one for each path
 ) -> torch.Tensor:  # scalar
     "Charge every path and level for labels and known masks. FusionCLIP-AD, Eq. (5)-(6)"
-    return sum(weight * (pooled_loss(path, shots.labels) + known_loss(path, grid, shots)) for weight, path in zip(weights, logits, strict=True))
+    return sum(weight * shot_loss(path, grid, shots) for weight, path in zip(weights, logits, strict=True))
 
 # %% ../nbs/10_5_fusion.ipynb #e13e25d6
 def normal_memory(

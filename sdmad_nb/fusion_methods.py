@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 
 from .anomaly import ANOMALY_CODE, ANOMALY_METHODS, map_shots, run_anomaly_method, study_words
-from .april_gan import april_loss, fit_april_gan, score_april_gan
+from .april_gan import fit_april_gan, score_april_gan
 from .backbone import TokenStore
 from .baselines import Method, Study
 from .config import Config, resolve_layers
 from .data import Split, indices
 from .fusion import LevelAdapters, LevelPrompts, fit_fusion, fusion_loss, level_distance, normal_memory, score_levels
 from .levels import level_store, token_levels
-from .map_losses import MapShots
+from .map_losses import shot_loss
 from .maps import MapOutputs
 from .mvfa import TwinAdapter, mvfa_loss
 from .signs import SignSet
@@ -119,7 +119,7 @@ FUSION_METHODS = {
 _twins, _levels, _map = TwinAdapter.__name__, LevelAdapters.__name__, "maximum of the map"
 COMPOSITION = pd.DataFrame([
     ("clip-map", "last block", "none", "fixed", "none", "class token"),
-    ("april-gan", "every level", f"{_levels}(loc, linear)", "fixed", april_loss.__name__, "class token and largest distance"),
+    ("april-gan", "every level", f"{_levels}(loc, linear)", "fixed", shot_loss.__name__, "class token and largest distance"),
     ("mvfa", "first level", _twins, "fixed", mvfa_loss.__name__, _map),
     ("fusion", "every level", f"{_levels}(gal, loc)", LevelPrompts.__name__, fusion_loss.__name__, _map),
     ("fusion-gal", "every level", f"{_levels}(gal)", LevelPrompts.__name__, fusion_loss.__name__, _map),
