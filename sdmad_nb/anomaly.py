@@ -206,11 +206,12 @@ def check_question(
         raise DataError(f"all {len(rows)} test images of {dataset.name} are {kind}: normal or not needs both, add images to labels.csv")
     if pixels and not (dataset.masks and any(dataset.masks[row] for row in rows[ill])):
         raise DataError(f"{dataset.name} has no mask of an abnormal test image, so pixels cannot be judged: add masks/ and the column mask "
-                        "(01_data), or set pixels to False for image-level numbers")
+                        "(01_data), or, where the notebook has it, set pixels to False for image-level numbers")
 
-def _few_maps(dataset, rows, maps):  # -> {image: 28 x 28 map}, of six abnormal test images, for the pictures
+def _few_maps(dataset, rows, maps):  # -> {image: 28 x 28 map}, of six abnormal test images and the middle normal one, for the pictures
     ill = np.flatnonzero([dataset.labels[row].any() and bool(dataset.masks and dataset.masks[row]) for row in rows])
-    few = ill[np.linspace(0, len(ill) - 1, min(6, len(ill))).astype(int)]
+    well = np.flatnonzero([not dataset.labels[row].any() for row in rows])
+    few = [*ill[np.linspace(0, len(ill) - 1, min(6, len(ill))).astype(int)], *well[len(well) // 2:][:min(1, len(ill))]]
     return {dataset.images[rows[i]]: F.adaptive_avg_pool2d(maps[[i]].float(), 28)[0].numpy().round(4) for i in few}
 
 # %% ../nbs/11_1_anomaly.ipynb #74522aec

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from .anomaly import any_finding, check_question
 from .baselines import Study, open_study, run_method
 from .backbone import check_backbone, load_backbone
-from .config import Config, cache_folder, resolve_device
+from .config import Config, cache_folder, resolve_device, resolve_layers
 from .data import RESERVED, DataError, draw_split, hold_out, read_dataset, read_split
+from .levels import level_store
 from .medclip import load_medclip
 from .phantom import SLICES, demo_folder, make_demo
 from .signs import SignError, named_signs, preset_names, preset_path, read_signs
@@ -122,8 +123,11 @@ def prepare_questions(
     split: str = "",  # a split file of the user's, for every seed; empty draws one per seed
     each_patient: bool = False,  # hold out one patient at a time
     pixels: bool = True,  # whether masks are needed
+    levels=(),  # blocks whose tokens are kept: numbers, a preset's name, "all", or none
+    cache: bool = True,  # False writes no tokens and computes them whenever they are asked for
+    limit_gb: float = None,  # refuse to write more tokens of `levels` than this
 ) -> list:  # one Study of a single category, or one for each patient; errors as `prepare_study`
-    "Check everything, then compute what the methods of Table 1 share."
+    "Check everything, then compute what methods that ask normal or not share."
     where = resolve_device(device)
     check_backbone(config.backbone, config.pretrained, config.image_size)
     dataset, sign_set = any_finding(*open_data(data, slice, signs, small))
@@ -132,10 +136,14 @@ def prepare_questions(
     for fold in folds:
         ready, own = _check_before(config, fold, split, 1)
         check_question(fold, own or draw_split(fold, config.shots, config.seed, config.normal_shots, config.split_level), pixels)
-    backbone = load_backbone(config.backbone, config.pretrained, config.image_size, where)
-    return [open_study(fold, sign_set, backbone, ready, cache_folder("tokens"), own) for fold in folds]
+    backbone, tokens = load_backbone(config.backbone, config.pretrained, config.image_size, where), cache_folder("tokens") if cache else None
+    resolve_layers(config.layers, backbone.depth)
+    if cache and levels:
+        files, blocks = [dataset.path(row) for row in range(len(dataset))], range(1, backbone.depth + 1) if levels == "all" else levels
+        level_store(backbone, files, blocks, tokens, limit_gb=limit_gb)
+    return [open_study(fold, sign_set, backbone, ready, tokens, own) for fold in folds]
 
-# %% ../nbs/15_experiments.ipynb #7b0245bc
+# %% ../nbs/15_experiments.ipynb #82d6e57f
 def run_methods(
     study: Study,
     seeds: list,

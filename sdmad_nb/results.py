@@ -293,9 +293,9 @@ def merge_long(
 
 # %% ../nbs/12_results.ipynb #7c84e95f
 def paper_table(
-    name: str,  # "table1", "table2" or "table3"
+    name: str,  # "table1", "table2" or "table3"; "fusion" for those of FusionCLIP-AD
 ) -> pd.DataFrame:  # as printed, in percent; ValueError where there is no such table
-    "Read a table of the SD-MAD paper."
+    "Read a table of the SD-MAD paper, or those of FusionCLIP-AD."
     sources = {file.name.removesuffix(".csv"): file for file in (files("sdmad_nb") / "assets" / "paper").iterdir()}
     if name not in sources: raise ValueError(f"the paper has no {name!r} here: use one of {', '.join(sorted(sources))}")
     with sources[name].open(encoding="utf-8") as file: return pd.read_csv(file)
