@@ -12,7 +12,8 @@ import torch
 
 from .backbone import Backbone, image_features
 from .config import Config, resolve_layers
-from .fusion import FixedPrompts, LevelAdapters, LevelDetector, fit_levels, joint_width, level_branches
+from .fusion import FixedPrompts, LevelAdapters, LevelDetector, fit_levels, level_branches
+from .levels import joint_width
 from .map_losses import MapShots, shot_loss
 from .maps import MapOutputs, Range, combine_branches, range_of, text_logits
 

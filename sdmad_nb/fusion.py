@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fused_tokens', 'LevelAdapters', 'cut_sentence', 'evenly_spaced', 'LevelPrompts', 'FixedPrompts', 'make_prompts',
            'level_logits', 'path_weights', 'fusion_loss', 'normal_memory', 'level_distance', 'LevelDetector',
-           'level_branches', 'score_levels', 'fit_levels', 'joint_width', 'fit_fusion']
+           'level_branches', 'score_levels', 'fit_levels', 'fit_fusion']
 
 # %% ../nbs/10_5_fusion.ipynb #de2de3fe
 import re
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .adapters import draw_linear
 from .backbone import Backbone
 from .config import PATHS, Config, resolve_layers, torch_generator
-from .levels import class_and_patches
+from .levels import class_and_patches, joint_width
 from .map_losses import MapShots, shot_epoch, shot_loss
 from .maps import MapOutputs, combine_branches, memory_distance, range_of, text_logits
 from .pixel_losses import upsample
@@ -239,10 +239,6 @@ def fit_levels(
     return replace(detector, ranges=tuple(range_of(part) for part in level_branches(detector, ill)))
 
 # %% ../nbs/10_5_fusion.ipynb #19d632fc
-def joint_width(backbone: Backbone) -> int:
-    "Say how wide the space shared by images and texts is."
-    return backbone.image.project(torch.zeros(1, 1, backbone.image.width, device=backbone.device)).shape[-1]
-
 def fit_fusion(
     backbone: Backbone,
     shots: MapShots,  # tokens (K, L, N, W); images first, then their variants

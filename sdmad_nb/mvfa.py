@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .adapters import draw_linear
 from .backbone import Backbone, PromptBank, run_blocks, text_features
 from .config import Config, resolve_layers, torch_generator
+from .levels import joint_width
 from .losses import inter_anomaly_loss
 from .map_losses import MapShots, known_loss, shot_epoch, whether_loss
 from .maps import MapOutputs, combine_branches, memory_distance, range_of, text_logits
@@ -42,8 +43,7 @@ class TwinAdapter(nn.Module):
 # %% ../nbs/10_2_mvfa.ipynb #c529b86b
 def make_twins(backbone: Backbone, config: Config) -> nn.ModuleDict:  # block number -> TwinAdapter; ValueError where a layer is not in the backbone
     "Draw the untrained adapters of a run."
-    joint = backbone.image.project(torch.zeros(1, 1, backbone.image.width, device=backbone.device)).shape[-1]
-    build = lambda number: TwinAdapter(backbone.image.width, joint, config.lam, torch_generator(config.seed, "twins", str(number)))
+    build = lambda number: TwinAdapter(backbone.image.width, joint_width(backbone), config.lam, torch_generator(config.seed, "twins", str(number)))
     return nn.ModuleDict({str(number): build(number) for number in resolve_layers(config.layers, backbone.depth)}).to(backbone.device)
 
 def twin_tokens(
