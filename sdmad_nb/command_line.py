@@ -21,7 +21,12 @@ def fit_command(given) -> int:  # exit code
     model = SDMAD.fit(given.data, given.shots, given.seed, given.signs, Config(**chosen), given.device, given.sensitivity)
     model.save(given.output)
     print(f"learned {', '.join(model.detector.signs.categories)} from {len(model.learned)} images: {given.output}", file=sys.stderr)
+    if _carries_nothing(model.calibration):
+        print("warning: left-out images with a finding score no higher than those without, so what was learned does not carry over to new images: "
+              "try a backbone that has seen such images, other signs, or more shots", file=sys.stderr)
     return 0
+
+def _carries_nothing(calibration): return calibration is not None and calibration.slope <= 0
 
 # %% ../nbs/17_command_line.ipynb #ba494992
 def _heatmaps(model, images, folder, skip_bad):
