@@ -176,7 +176,7 @@ def doubts(compared: pd.DataFrame) -> str:  # one sentence
     "Say how many differences of `compared_table` are more than luck."
     sure, pairs = compared[compared.corrected < 0.05], int(compared.n.max())
     named = f"{len(sure)} are below 5 % after correction ({'; '.join(': '.join(index) for index in sure.index)})" if len(sure) else "none is below 5 % after correction"
-    return f"Of {len(compared)} differences {named}; with {pairs} pairs no p can be below {2.0 ** (1 - pairs):.2g}."
+    return f"Of {len(compared)} differences {named}; with {pairs} pair{'s' if pairs > 1 else ''} no p can be below {2.0 ** (1 - pairs):.2g}."
 
 # %% ../nbs/15_1_questions.ipynb #6e8a4865
 PRINTED_AS = {"CLIP": "clip-map", "WinCLIP": "winclip-plus", "APRIL-GAN": "april-gan", "MVFA": "mvfa", "FusionCLIP-AD": "fusion", "Single fusion": "fusion-gal", "Single patch": "fusion-loc",

@@ -1,7 +1,9 @@
 "Every notebook runs: the library's with nbdev_test, the experiments' with papermill in a smoke configuration."
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -56,6 +58,10 @@ def test_experiment_notebook(notebook, runs):
     done = runs[notebook].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "unknown parameter" not in done.stderr, done.stderr
+    if not re.match(r"run_fusion_(table|fig)\d", notebook.stem): return
+    folder = Path(done.args[done.args.index("results") + 1]) / f"{notebook.stem.removeprefix('run_')}-smoke"
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".svg", ".csv", ".md"}
+    assert "(demo data" in (folder / "table.md").read_text(encoding="utf-8").splitlines()[0]
 
 
 @pytest.mark.parametrize("notebook", EXPERIMENTS, ids=notebook_name)

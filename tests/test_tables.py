@@ -15,6 +15,7 @@ from conftest import BIN, REAL, ROOT, run
 from sdmad_nb.anomaly import run_anomaly_method
 from sdmad_nb.config import Config
 from sdmad_nb.experiments import prepare_questions, prepare_study, run_methods
+from sdmad_nb.questions import answer, ask, printed_table
 
 EXPERIMENTS = ("table1", "table2", "table3", "fig3", "fig4")
 
@@ -41,6 +42,26 @@ def test_make_tables_leaves_everything_and_reads_it_again(tmp_path):
     assert make_tables(tmp_path).returncode == 0
     assert {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")} == records, "a second run computed something again"
     assert tables == {name: (tmp_path / f"{name}-smoke" / "table.md").read_text(encoding="utf-8") for name in tables}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_fusion_runs_every_notebook_of_its_paper():
+    done = run("make", "-n", "-o", f"{BIN.parent}/.installed", "fusion", f"VENV={BIN.parent}", "SMOKE=True", "RESULTS=there")
+    named = re.search(r"for name in ([^;]*);", done.stdout)[1].split()
+    assert sorted(named) == sorted(path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")) and len(named) == 6
+    assert "-p smoke True -p results there" in done.stdout
+
+
+def test_the_pictures_read_the_records_of_the_tables(tmp_path):
+    "Their files are looked at in test_notebooks.py."
+    smoke = lambda name: run(BIN / "papermill", f"nbs/run_fusion_{name}.ipynb", tmp_path / f"{name}.ipynb", "-p", "smoke", "True", "-p", "results", tmp_path)
+    done = smoke("table1")
+    assert done.returncode == 0, done.stderr
+    records = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
+    assert {record["method"]: record["config"]["batch_size"] for record in map(json.loads, records.values())} == {
+        "clip-map": 22, "winclip": 22, "winclip-plus": 22, "april-gan": 22, "mvfa": 8, "fusion": 22}, "MVFA is trained as in run_table1"
+    assert smoke("fig6").returncode == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")} == records, "a row was computed twice"
 
 
 WORK = """
@@ -85,6 +106,46 @@ def test_table1_refuses_a_wrong_value_before_it_computes(tmp_path, parameters, w
     done = run(BIN / "papermill", "nbs/run_table1.ipynb", *chosen)
     assert done.returncode != 0 and words in re.sub(r"\x1b\[\d*m", "", done.stderr), done.stderr[-2000:]
     assert not list(tmp_path.glob("runs/*.json"))
+
+
+def test_figure4_refuses_wrong_shots_before_it_computes(tmp_path):
+    done = run(BIN / "papermill", "nbs/run_fusion_fig4.ipynb", "-y", "shot_counts: [2, 2]", "-p", "results", tmp_path)
+    assert done.returncode != 0 and "shot_counts is [2, 2] but must be a list of different whole numbers" in re.sub(r"\x1b\[\d*m", "", done.stderr), done.stderr[-2000:]
+    assert not list(tmp_path.glob("runs/*.json"))
+
+
+def test_fusion_questions_refuse_shots_layers_and_the_paper_beside_other_data(tmp_path):
+    base = dict(experiment="fusion_fig4", seeds=[0], results=str(tmp_path), smoke=True)
+    with pytest.raises(ValueError, match="too few images to draw 99"): ask(config=Config(shots=99), **base)
+    with pytest.raises(ValueError, match="between 1 and 8"): ask(config=Config(shots=2, layers=(4, 9)), **base)
+    with pytest.raises(ValueError, match="between 1 and 8"): ask(config=Config(shots=2), levels=[3, 99], **base)
+    with pytest.raises(ValueError, match="paper is 'BrainMRI' but the data has 'synthetic findings'"): ask(config=Config(shots=2), paper="BrainMRI", **base)
+    without_masks(tmp_path / "plain")
+    with pytest.raises(ValueError, match="paper is 'LiverCT' but the data has 'any finding' and not 'Liver tumour'"):
+        ask(config=Config(shots=2), data=str(tmp_path / "plain"), pixels=False, paper="LiverCT", **base)
+    with pytest.raises(ValueError, match="plain has no mask"): ask(config=Config(shots=2), data=str(tmp_path / "plain"), **base)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_papers_numbers_stand_beside_the_bmad_set_of_that_name(tmp_path):
+    "The small demo, written as BMAD's brain set is prepared: one finding of that name."
+    table = without_masks(tmp_path / "brain")
+    names = [name for name in table if name not in ("image", "patient", "split")]
+    one = table[["image", "patient"]].assign(**{"Brain tumour": table[names].max(axis=1)})
+    one.to_csv(tmp_path / "brain" / "labels.csv", index=False)
+    question = ask("t", Config(shots=1, epochs=1, batch_size=22), [0], str(tmp_path / "brain"), signs="bmad_brain", results=str(tmp_path), pixels=False, draws=5, paper="BrainMRI")
+    long = pd.DataFrame([{"method": "fusion", "metric": "image/auroc", "value": 0.5}])
+    assert printed_table(1, question, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
+
+
+@pytest.mark.parametrize("method", ["winclip-plus", "fusion"])
+def test_without_a_cache_the_numbers_are_the_same(tmp_path, method):
+    config = Config(shots=1, epochs=1, batch_size=22, learning_rate=1e-3, augment="mvfa")
+    with_files, without = (answer(ask("t", config, [0], results=str(tmp_path / str(cache)), smoke=True, draws=5, levels="quarters", cache=cache), [method])[0] for cache in (True, False))
+    assert with_files["identity"] == without["identity"] and with_files["drawn"] == without["drawn"]
+    for level in ("image", "pixel", "inside"):
+        for name in ("auroc", "ap"): assert with_files["metrics"][level][name] == pytest.approx(without["metrics"][level][name], abs=2e-3)
+    np.testing.assert_allclose(with_files["outputs"]["scores"], without["outputs"]["scores"], rtol=1e-2, atol=1e-3)
 
 
 def without_masks(folder):
