@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score
+from torch.nn import functional as F
 
 from .anomaly import any_finding, brightness
 from .backbone import patch_features
@@ -116,10 +116,11 @@ def measure_places(study: Study, split: Split, answer: Answer) -> dict:  # {"ima
 # %% ../nbs/11_3_beyond.ipynb #ba710403
 PLACE_CODE = tuple(dict.fromkeys((*CODE, *FUSION_CODE, "beyond", "localisation", "sign_maps")))
 
-def _few(dataset, rows, maps):  # -> {image: (C, 28, 28)}, the first test images of each finding and the first with most findings
+def _few(dataset, rows, maps):  # -> {image: {finding: 28 x 28 map}}, the first test image of each finding and the first with most findings
     labels = dataset.labels[rows]
     chosen = [int(np.flatnonzero(labels[:, c])[0]) for c in range(labels.shape[1]) if labels[:, c].any()] + [int(labels.sum(1).argmax())]
-    return {dataset.images[rows[i]]: torch.nn.functional.adaptive_avg_pool2d(maps[i].float(), 28).numpy().round(4) for i in dict.fromkeys(chosen)}
+    small = lambda i: dict(zip(dataset.categories, F.adaptive_avg_pool2d(maps[i].float(), 28).numpy().round(4)))
+    return {dataset.images[rows[i]]: {name: values for name, values in small(i).items() if labels[i, dataset.categories.index(name)]} for i in dict.fromkeys(chosen)}
 
 def run_place_method(
     study: Study,
