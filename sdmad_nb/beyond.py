@@ -114,13 +114,14 @@ def measure_places(study: Study, split: Split, answer: Answer) -> dict:  # {"ima
     return {"image": _image_metrics(study.dataset.labels[rows], answer), "place": _mean_place(found), "finding": found}
 
 # %% ../nbs/11_3_beyond.ipynb #ba710403
-PLACE_CODE = tuple(dict.fromkeys((*CODE, *FUSION_CODE, "beyond", "localisation", "sign_maps")))
-
 def _few(dataset, rows, maps):  # -> {image: {finding: 28 x 28 map}}, the first test image of each finding and the first with most findings
     labels = dataset.labels[rows]
     chosen = [int(np.flatnonzero(labels[:, c])[0]) for c in range(labels.shape[1]) if labels[:, c].any()] + [int(labels.sum(1).argmax())]
     small = lambda i: dict(zip(dataset.categories, F.adaptive_avg_pool2d(maps[i].float(), 28).numpy().round(4)))
     return {dataset.images[rows[i]]: {name: values for name, values in small(i).items() if labels[i, dataset.categories.index(name)]} for i in dict.fromkeys(chosen)}
+
+# %% ../nbs/11_3_beyond.ipynb #8ac967bd
+PLACE_CODE = tuple(dict.fromkeys((*CODE, *FUSION_CODE, "beyond", "localisation", "sign_maps")))
 
 def run_place_method(
     study: Study,
