@@ -55,7 +55,7 @@ fusion: $(STAMP)
 	for name in table1 table2 table3 fig4 fig5 fig6; do $(RUN) nbs/run_fusion_$$name.ipynb $(WITH) || exit 1; done
 
 # The tables and pictures of the README: made from the records of these runs, and copied, never typed
-figures: tables
+figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
 	mkdir -p nbs/figures
 	cp results/table2/table.md nbs/figures/table2.md
@@ -65,6 +65,8 @@ figures: tables
 	cp results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
 	cp results/table3/table.md nbs/figures/table3.md
 	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
+	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
+	cp results/fusion_table2/table.md nbs/figures/fusion-table2.md
 	cp results/parts/table.md nbs/figures/parts.md
 	cp results/parts/words.md nbs/figures/parts-words.md
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb
