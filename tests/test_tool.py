@@ -130,7 +130,8 @@ def test_interrupted_it_leaves_no_file(fitted, tmp_path):
     dataset, model = fitted
     out = tmp_path / "out.csv"
     many = [str(dataset.path(i % len(dataset))) for i in range(3000)]
-    process = subprocess.Popen([SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background is born deaf to Ctrl-C
     while not list(tmp_path.iterdir()) and process.poll() is None: time.sleep(0.05)  # until its temporary file is there
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and "stopped" in process.stderr.read()
