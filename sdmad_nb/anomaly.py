@@ -16,19 +16,20 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn import functional as F
 
-from .backbone import encode_prompts, frozen_tokens, image_features, patch_features, patch_levels, freeze
+from .backbone import encode_prompts, frozen_tokens, image_features, patch_features, freeze
 from .baselines import CODE, Method, Study, identify, split_of
 from .config import Config, numpy_generator, resolve_layers
 from .data import DataError, DataSet, Split, indices, load_mask, load_rgb
 from .evaluation import anomaly_auroc, bootstrap_interval
+from .level_maps import level_distance, normal_memory
+from .levels import token_levels
 from .map_losses import MapShots
-from .maps import MapOutputs, memory_distance, text_logits
-from .mvfa import Words, fit_mvfa, score_maps, words_of
-from .pixel_losses import upsample
+from .maps import MapOutputs, pixel_maps, small_maps, text_logits
+from .mvfa import fit_mvfa, score_mvfa
 from .pixel_metrics import Pixels, know_pixels, pixel_metrics
 from .results import run_once
 from .signs import SignSet
-from .states import state_signs
+from .states import Words, state_signs, words_of
 from .training import augment_mvfa, support_tokens
 from .winclip import SCALES, views_of, window_scores
 from .windows import window_store
@@ -84,7 +85,7 @@ def clip_map(study: Study, split: Split, config: Config) -> MapOutputs:
     for rows in np.array_split(indices(study.dataset, split.test), -(-len(split.test) // 32)):
         tokens = study.tokens[rows].to(backbone.device)
         scores.append(ask(image_features(backbone, tokens, study.tokens.block)).cpu())
-        maps.append(upsample(ask(patch_features(backbone, tokens, study.tokens.block)), backbone.image.grid, (backbone.image_size,) * 2).cpu())
+        maps.append(pixel_maps(backbone, ask(patch_features(backbone, tokens, study.tokens.block))).cpu())
     return MapOutputs(torch.cat(scores), torch.cat(maps))
 
 # %% ../nbs/11_1_anomaly.ipynb #ccd13626
@@ -100,18 +101,17 @@ def memory_bank(study: Study, split: Split, config: Config) -> MapOutputs:  # Va
     backbone, blocks, maps = study.backbone, resolve_layers(config.layers, study.backbone.depth), []
     paths = [study.dataset.path(row) for row in normal_shots(study, split)]
     tokens = support_tokens(backbone, paths, blocks[0], config.augment)
-    memory = [torch.cat(parts).flatten(0, 1) for parts in zip(*(patch_levels(backbone, part.to(backbone.device), blocks) for part in tokens.split(32)))]
+    levels_of = lambda tokens: token_levels(backbone, tokens.to(backbone.device), blocks)
+    memory = normal_memory(backbone, torch.cat([levels_of(part) for part in tokens.split(32)]))
     for rows in np.array_split(indices(study.dataset, split.test), -(-len(split.test) // 32)):
-        levels = patch_levels(backbone, study.tokens[rows].to(backbone.device), blocks)
-        far = torch.stack([memory_distance(level, kept) for level, kept in zip(levels, memory)]).mean(0)  # (B, P)
-        maps.append(upsample(far, backbone.image.grid, (backbone.image_size,) * 2).cpu())
+        maps.append(pixel_maps(backbone, level_distance(backbone, levels_of(study.tokens[rows]), memory)))
     maps = torch.cat(maps)
     return MapOutputs(maps.flatten(1).amax(1), maps)
 
 # %% ../nbs/11_1_anomaly.ipynb #769ba068
 @lru_cache(maxsize=2)
 def _windows(study):  # a store for each scale
-    files = [study.dataset.path(row) for row in range(len(study.dataset))]
+    files = study.dataset.paths
     return [window_store(study.backbone, files, scale, study.cache) for scale in SCALES]
 
 @torch.no_grad()
@@ -154,13 +154,13 @@ def without_normalisation(study: Study) -> Study:
     "Feed the backbone raw pixels, as MVFA's released code does."
     old = study.backbone
     backbone = freeze(old.name, old.model, old.tokenizer, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}, old.device)
-    files = [study.dataset.path(row) for row in range(len(study.dataset))]
+    files = study.dataset.paths
     return replace(study, backbone=backbone, tokens=frozen_tokens(backbone, files, study.tokens.block, study.cache))
 
 def _test_score(study, split):  # -> function of a detector, as the released code picks its epoch
     rows = indices(study.dataset, split.test)
     def judge(detector):
-        out = score_maps(detector, study.tokens, rows)
+        out = score_mvfa(detector, study.tokens, rows)
         image = anomaly_auroc(study.dataset.labels[rows], out.scores)
         return image + (pixel_metrics(out.maps, _pixels(study.dataset, split), 1, generator=np.random.default_rng(0))["pixel"]["auroc"] if detector.maps_count else 0)
     return judge
@@ -177,7 +177,7 @@ def mvfa(
     shots, plain = map_shots(study, split, config)
     judge = _test_score(study, split) if "best-epoch-on-test" in config.mvfa_faults else None
     detector = fit_mvfa(study.backbone, shots, study_words(study, config), config, plain, signs, judge)
-    return score_maps(detector, study.tokens, indices(study.dataset, split.test))
+    return score_mvfa(detector, study.tokens, indices(study.dataset, split.test))
 
 # %% ../nbs/11_1_anomaly.ipynb #615ae21a
 ANOMALY_METHODS = {
@@ -191,7 +191,7 @@ ANOMALY_METHODS = {
 }
 
 # %% ../nbs/11_1_anomaly.ipynb #0dc435e1
-ANOMALY_CODE = (*CODE, "anomaly", "map_losses", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states", "winclip", "windows")
+ANOMALY_CODE = (*CODE, "anomaly", "level_maps", "levels", "map_losses", "maps", "mvfa", "pixel_losses", "pixel_metrics", "states", "winclip", "windows")
 
 def check_question(
     dataset: DataSet,
@@ -212,7 +212,7 @@ def _few_maps(dataset, rows, maps):  # -> {image: 28 x 28 map}, of six abnormal 
     ill = np.flatnonzero([dataset.labels[row].any() and bool(dataset.masks and dataset.masks[row]) for row in rows])
     well = np.flatnonzero([not dataset.labels[row].any() for row in rows])
     few = [*ill[np.linspace(0, len(ill) - 1, min(6, len(ill))).astype(int)], *well[len(well) // 2:][:min(1, len(ill))]]
-    return {dataset.images[rows[i]]: F.adaptive_avg_pool2d(maps[[i]].float(), 28)[0].numpy().round(4) for i in few}
+    return {dataset.images[rows[i]]: small for i, small in zip(few, small_maps(maps[few]))}
 
 # %% ../nbs/11_1_anomaly.ipynb #74522aec
 def _measure_maps(study, split, outputs, draws, pixels, seed):

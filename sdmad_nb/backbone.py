@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO_WEIGHTS', 'ImageTower', 'TimmImageTower', 'EvaImageTower', 'TextTower', 'HuggingFaceTextTower', 'image_tower',
            'text_tower_of', 'Backbone', 'fingerprint', 'freeze', 'check_quickgelu', 'check_backbone', 'resize_input',
-           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patch_features', 'patch_levels',
+           'load_backbone', 'save_demo', 'load_demo', 'run_blocks', 'image_features', 'patches_of', 'patch_features',
            'TokenStore', 'image_reader', 'frozen_parts', 'frozen_values', 'frozen_tokens', 'PromptBank', 'token_counts',
            'check_length', 'encode_sentences', 'encode_prompts', 'text_features']
 
@@ -379,6 +379,15 @@ def image_features(
     return F.normalize(backbone.image.head(tokens), dim=-1)
 
 # %% ../nbs/05_backbone.ipynb #d83dad8a
+def patches_of(
+    backbone: Backbone,
+    tokens: torch.Tensor,  # (..., N, W)
+) -> torch.Tensor:  # (..., P, W)
+    "Leave out the tokens that are no patches."
+    height, width = backbone.image.grid
+    return tokens[..., -height * width:, :]
+
+# %% ../nbs/05_backbone.ipynb #c35c3c94
 def patch_features(
     backbone: Backbone,
     tokens: torch.Tensor,  # (B, 1 + P, W) after block `start`, before that block's adapter
@@ -389,24 +398,10 @@ def patch_features(
     adapters = adapters or {}
     if start in adapters: tokens = adapters[start](tokens)
     tokens = run_blocks(backbone, tokens, start, backbone.depth, {n: module for n, module in adapters.items() if n != start})
-    height, width = backbone.image.grid
-    return F.normalize(backbone.image.project(tokens[:, -height * width:]), dim=-1)
+    return F.normalize(backbone.image.project(patches_of(backbone, tokens)), dim=-1)
 
-# %% ../nbs/05_backbone.ipynb #5c3b5655
-def patch_levels(
-    backbone: Backbone,
-    tokens: torch.Tensor,  # (B, 1 + P, W) after the first of the blocks
-    blocks,  # L increasing block numbers
-) -> list:  # L tensors (B, P, W)
-    "Collect the frozen patches after several blocks."
-    count, levels = backbone.image.grid[0] * backbone.image.grid[1], []
-    for start, stop in zip((blocks[0], *blocks), blocks):
-        tokens = run_blocks(backbone, tokens, start, stop)
-        levels.append(tokens[:, -count:])
-    return levels
-
-# %% ../nbs/05_backbone.ipynb #06efa25f
-def _read(files): return torch.stack([load_file(file)["tokens"] for file in files])
+# %% ../nbs/05_backbone.ipynb #7c3d79e6
+def _read_tokens(files): return torch.stack([load_file(file)["tokens"] for file in files])
 
 class TokenStore:
     "Read the frozen tokens of images from their files, or compute them when asked."
@@ -422,9 +417,9 @@ class TokenStore:
     def cache(self): return None if self.compute or not self.files else Path(self.files[0]).parent.parent  # folder of folders
 
     def __getitem__(self, indices):  # (B,) whole numbers -> (B, 1 + P, W)
-        return (self.compute or _read)([self.files[int(index)] for index in indices])
+        return (self.compute or _read_tokens)([self.files[int(index)] for index in indices])
 
-# %% ../nbs/05_backbone.ipynb #30713998
+# %% ../nbs/05_backbone.ipynb #b9d181f7
 def _sound(file, shape):
     try:
         with safe_open(file, "pt") as stored: return list(stored.get_slice("tokens").get_shape()) == list(shape)
@@ -436,7 +431,7 @@ def _missing(files, shape):  # indices of the files that have to be made
     for index in broken: print(f"cache file {files[index].name} is damaged: computing it again")
     return sorted(absent + broken)
 
-# %% ../nbs/05_backbone.ipynb #8d986956
+# %% ../nbs/05_backbone.ipynb #a9e2dc20
 def _announce(count, shape, folder, limit):  # ValueError where the files would be larger than the limit
     size, what = 4 * count * math.prod(shape), f"the frozen tokens of {count} image{'s' if count > 1 else ''}"  # float32
     text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
@@ -445,7 +440,7 @@ def _announce(count, shape, folder, limit):  # ValueError where the files would 
                          "raise limit_gb, or set the cache folder to None to compute them whenever they are asked for")
     if count: print(f"{what}: {text} in {folder.name}")
 
-# %% ../nbs/05_backbone.ipynb #d52b842e
+# %% ../nbs/05_backbone.ipynb #5b7015e2
 def image_reader(
     backbone: Backbone,
     compute,  # function (B, 3, H, H) -> (B, ...)
@@ -458,7 +453,7 @@ def image_reader(
         return torch.cat([compute(part.to(backbone.device)).cpu() for part in pixels.split(batch_size)])
     return forward
 
-# %% ../nbs/05_backbone.ipynb #1f61fb63
+# %% ../nbs/05_backbone.ipynb #e50ebc0b
 def frozen_parts(
     backbone: Backbone,
     images,  # N image files
@@ -484,7 +479,7 @@ def frozen_parts(
                 if index in missing: write_atomically(part[index], lambda file: save_file({"tokens": one.clone()}, file))
     return [TokenStore(part) for part in files]
 
-# %% ../nbs/05_backbone.ipynb #32d6fb47
+# %% ../nbs/05_backbone.ipynb #44ebc456
 def frozen_values(
     backbone: Backbone,
     images,  # N image files
@@ -501,7 +496,7 @@ def frozen_values(
     [store] = frozen_parts(backbone, images, [name], shape, lambda pixels: compute(pixels)[:, None], folder, batch_size, limit_gb)
     return TokenStore(store.files, block)
 
-# %% ../nbs/05_backbone.ipynb #10d55b2e
+# %% ../nbs/05_backbone.ipynb #d8204f3c
 def frozen_tokens(
     backbone: Backbone,
     images,  # N image files
@@ -515,7 +510,7 @@ def frozen_tokens(
     walk = lambda pixels: run_blocks(backbone, backbone.image.stem(pixels), 0, block)
     return frozen_values(backbone, images, f"block{block}", backbone.image.stem(blank).shape[1:], walk, folder, batch_size, limit_gb, block)
 
-# %% ../nbs/05_backbone.ipynb #7bc44f7d
+# %% ../nbs/05_backbone.ipynb #c87824d6
 @dataclass(frozen=True)
 class PromptBank:
     "Hold the frozen side of all prompts."
@@ -523,7 +518,7 @@ class PromptBank:
     group: torch.Tensor  # (N,) sign of each sentence in [0, S); S for normal prompts
     sign_category: torch.Tensor  # (S,) category of each sign
 
-# %% ../nbs/05_backbone.ipynb #9d7ebd72
+# %% ../nbs/05_backbone.ipynb #6715965c
 def token_counts(backbone: Backbone, sentences) -> list:  # N numbers, a start and an end among each
     "Count the tokens of sentences."
     encode = getattr(backbone.tokenizer, "encode", None) or backbone.tokenizer.tokenizer.tokenize
@@ -542,7 +537,7 @@ def check_length(
         raise ValueError(f"this prompt has {having} but {backbone.name} reads {length}: "
                          f"shorten the sign or its template: {sentence!r}")
 
-# %% ../nbs/05_backbone.ipynb #ef6e70c3
+# %% ../nbs/05_backbone.ipynb #c908c0bc
 @torch.no_grad()
 def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) -> torch.Tensor:  # (N, W)
     "Send sentences through the frozen text tower, up to its last block."
@@ -550,7 +545,7 @@ def encode_sentences(backbone: Backbone, sentences: list, batch_size: int = 64) 
     ids = (backbone.tokenizer(sentences[start:start + batch_size]).to(backbone.device) for start in batches)
     return torch.cat([backbone.text.last(batch) for batch in ids])
 
-# %% ../nbs/05_backbone.ipynb #5fd132fc
+# %% ../nbs/05_backbone.ipynb #36b271ea
 def encode_prompts(
     backbone: Backbone,
     signs: SignSet,
@@ -570,7 +565,7 @@ def encode_prompts(
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(last.to(backbone.device), group.to(backbone.device), signs.category.to(backbone.device))
 
-# %% ../nbs/05_backbone.ipynb #5b9908f8
+# %% ../nbs/05_backbone.ipynb #abb3844e
 def text_features(
     backbone: Backbone,
     bank: PromptBank,

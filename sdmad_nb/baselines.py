@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEDCLIP_NOTE', 'METHODS', 'INTERVALS', 'CODE', 'Study', 'open_study', 'best_constant', 'constant_outputs', 'nothing',
-           'constant_from_shots', 'constant_oracle', 'clip', 'probe', 'tip', 'med_clip', 'coop', 'sd_mad', 'Method',
-           'split_of', 'identify', 'run_method']
+           'constant_from_shots', 'constant_oracle', 'clip', 'probe', 'tip', 'med_clip', 'coop', 'fitted_on', 'sd_mad',
+           'Method', 'split_of', 'identify', 'run_method']
 
 # %% ../nbs/11_baselines.ipynb #b8572df6
 import hashlib
@@ -58,7 +58,7 @@ def open_study(
     "Compute what every method of a study shares."
     first, signs = resolve_layers(config.layers, backbone.depth)[0], restrict(signs, dataset.categories)
     bank = encode_prompts(backbone, signs, cache)
-    tokens = frozen_tokens(backbone, [dataset.path(number) for number in range(len(dataset))], first, cache)
+    tokens = frozen_tokens(backbone, dataset.paths, first, cache)
     return Study(dataset, signs, backbone, bank, tokens, config, split)
 
 # %% ../nbs/11_baselines.ipynb #0ddbb7d3
@@ -163,7 +163,8 @@ def coop(study: Study, split: Split, config: Config) -> Outputs:
 
 # %% ../nbs/11_baselines.ipynb #8b3a62e5
 @lru_cache(maxsize=1)
-def _fitted(study, split, config) -> Detector:
+def fitted_on(study: Study, split: Split, config: Config) -> Detector:
+    "Train SD-MAD on the shots of a split, or remember the last that was. Eq. (1)-(6)"
     rows = indices(study.dataset, split.train)
     tokens, labels = study.tokens[rows], torch.from_numpy(np.array(study.dataset.labels[rows]))
     if config.augment != "none":
@@ -175,7 +176,7 @@ def _fitted(study, split, config) -> Detector:
 # %% ../nbs/11_baselines.ipynb #118d6d00
 def sd_mad(study: Study, split: Split, config: Config) -> Outputs:
     "Train adapters on the shots, select signs if the config says so, and score. Eq. (1)-(8)"
-    trained = _fitted(study, split, replace(config, selection=True))
+    trained = fitted_on(study, split, replace(config, selection=True))
     return _outputs(study, split, trained if config.selection else replace(trained, keep=torch.ones_like(trained.keep)))
 
 # %% ../nbs/11_baselines.ipynb #bea6346a
@@ -186,6 +187,7 @@ class Method:
     run: object  # function of study, split and config
     selection: bool = False
     note: str = ""  # what it needs that is not here by itself
+    schedule: tuple = ()  # names and values that its config has beside the study's
 
 # %% ../nbs/11_baselines.ipynb #9a14de13
 METHODS = {

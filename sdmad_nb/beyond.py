@@ -4,28 +4,27 @@
 
 # %% auto #0
 __all__ = ['FUSION_SCHEDULE', 'PLACE_METHODS', 'PLACE_CODE', 'finding_shots', 'Answer', 'sd_mad_places', 'fusion_places',
-           'bright_places', 'sign_map_places', 'PlaceMethod', 'measure_places', 'run_place_method']
+           'bright_places', 'sign_map_places', 'measure_places', 'run_place_method']
 
 # %% ../nbs/11_3_beyond.ipynb #45a4ab83
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from .anomaly import any_finding, brightness
 from .backbone import patch_features
-from .baselines import CODE, Study, identify, split_of
+from .baselines import CODE, Method, Study, fitted_on, identify, split_of
 from .config import Config
-from .data import DataError, DataSet, Split, indices, read_boxes
+from .data import DataError, Split, indices, read_boxes
 from .evaluation import anomaly_auroc, macro_auroc, mean_average_precision, multi_label_metrics
 from .fusion_methods import FUSION_CODE, fusion, level_shots, study_levels
 from .localisation import localise
 from .map_losses import MapShots
-from .pixel_losses import upsample
+from .maps import pixel_maps, small_maps
 from .results import run_once
 from .sign_maps import finding_fits, fit_sign_maps, judge_sign_maps
-from .training import Outputs, embed, fit, judge
+from .training import Outputs, embed, judge
 
 # %% ../nbs/11_3_beyond.ipynb #51a7f69d
 def finding_shots(study: Study, split: Split, config: Config) -> MapShots:  # labels (K, C)
@@ -48,13 +47,11 @@ def _patch_maps(study, detector, rows):  # -> (B, C, H, H)
     for part in torch.as_tensor(rows).split(32):
         patches = patch_features(backbone, study.tokens[part].to(backbone.device), detector.start, detector.adapters.image)
         fits.append(finding_fits(patches, detector.sign_features, detector.signs.category.to(patches.device), detector.anchor, detector.keep).cpu())
-    return upsample(torch.cat(fits).flatten(0, 1), backbone.image.grid, (backbone.image_size,) * 2).unflatten(0, (len(rows), -1))
+    return pixel_maps(backbone, torch.cat(fits))
 
 def sd_mad_places(study: Study, split: Split, config: Config) -> Answer:
     "Train SD-MAD, and ask its signs of every patch."
-    shots, rows = indices(study.dataset, split.train), indices(study.dataset, split.test)
-    labels = torch.from_numpy(np.array(study.dataset.labels[shots]))
-    detector = fit(study.backbone, study.tokens[shots], labels, study.signs, study.bank, config)
+    detector, rows = fitted_on(study, split, config), indices(study.dataset, split.test)
     return Answer(_patch_maps(study, detector, rows), judge(detector, embed(detector, study.tokens, rows)))
 
 # %% ../nbs/11_3_beyond.ipynb #3f91d819
@@ -80,18 +77,11 @@ def sign_map_places(study: Study, split: Split, config: Config) -> Answer:
 # %% ../nbs/11_3_beyond.ipynb #f2b88706
 FUSION_SCHEDULE = dict(epochs=10, learning_rate=0.001, batch_size=22, augment="mvfa")
 
-@dataclass(frozen=True)
-class PlaceMethod:
-    "Name a row, and say how it is run."
-    title: str
-    run: object  # function of a study, a split and a config -> `Answer`
-    schedule: tuple = ()  # names and values that its config has beside the study's
-
-PLACE_METHODS = {
-    "brightness-places": PlaceMethod("Brightness", bright_places),
-    "sd-mad-places": PlaceMethod("SD-MAD alone", sd_mad_places),
-    "fusion-places": PlaceMethod("FusionCLIP-AD alone", fusion_places, tuple(FUSION_SCHEDULE.items())),
-    "sign-maps": PlaceMethod("Both", sign_map_places, tuple(FUSION_SCHEDULE.items())),
+PLACE_METHODS = {  # each gives an `Answer`
+    "brightness-places": Method("Brightness", bright_places),
+    "sd-mad-places": Method("SD-MAD alone", sd_mad_places),
+    "fusion-places": Method("FusionCLIP-AD alone", fusion_places, schedule=tuple(FUSION_SCHEDULE.items())),
+    "sign-maps": Method("Both", sign_map_places, schedule=tuple(FUSION_SCHEDULE.items())),
 }
 
 # %% ../nbs/11_3_beyond.ipynb #ab8a9b1a
@@ -114,10 +104,10 @@ def measure_places(study: Study, split: Split, answer: Answer) -> dict:  # {"ima
     return {"image": _image_metrics(study.dataset.labels[rows], answer), "place": _mean_place(found), "finding": found}
 
 # %% ../nbs/11_3_beyond.ipynb #ba710403
-def _few(dataset, rows, maps):  # -> {image: {finding: 28 x 28 map}}, the first test image of each finding and the first with most findings
+def _few_finding_maps(dataset, rows, maps):  # -> {image: {finding: 28 x 28 map}}, the first test image of each finding and the first with most findings
     labels = dataset.labels[rows]
     chosen = [int(np.flatnonzero(labels[:, c])[0]) for c in range(labels.shape[1]) if labels[:, c].any()] + [int(labels.sum(1).argmax())]
-    small = lambda i: dict(zip(dataset.categories, F.adaptive_avg_pool2d(maps[i].float(), 28).numpy().round(4)))
+    small = lambda i: dict(zip(dataset.categories, small_maps(maps[i])))
     return {dataset.images[rows[i]]: {name: values for name, values in small(i).items() if labels[i, dataset.categories.index(name)]} for i in dict.fromkeys(chosen)}
 
 # %% ../nbs/11_3_beyond.ipynb #8ac967bd
@@ -144,5 +134,5 @@ def run_place_method(
         answer, rows = chosen.run(taught, split, config), indices(study.dataset, split.test)
         said = vars(answer.outputs) if answer.outputs and answer.decides else {}
         return {"metrics": measure_places(study, split, answer), "split": {"train": split.train, "test": split.test, "positives": study.dataset.labels[rows].sum(0).tolist()},
-                "outputs": {**said, "maps": _few(study.dataset, rows, answer.maps)}}
+                "outputs": {**said, "maps": _few_finding_maps(study.dataset, rows, answer.maps)}}
     return run_once(path, identity, compute)

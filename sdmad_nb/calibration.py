@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 from .backbone import Backbone, PromptBank
 from .config import Config, numpy_generator
-from .evaluation import category_scores
-from .losses import cosine_similarity
+from .evaluation import category_margins
 from .signs import SignSet
 from .training import Detector, embed, fit
 
@@ -27,8 +26,7 @@ def margins_of(
     features: torch.Tensor,  # (B, D) from `embed`
 ) -> np.ndarray:  # (B, C)
     "Measure each finding's best kept sign against the anchor."
-    scores = category_scores(features, detector.sign_features, detector.signs.category.to(features.device), detector.keep)
-    return (scores - cosine_similarity(features, detector.anchor)[:, None]).cpu().numpy()
+    return category_margins(features, detector.sign_features, detector.signs.category.to(features.device), detector.anchor, detector.keep).cpu().numpy()
 
 def left_out_margins(
     backbone: Backbone,

@@ -39,7 +39,7 @@ def _heatmaps(model, images, folder, skip_bad):
             if not skip_bad: raise
         else: why.save(Path(folder) / f"{number:04d}-{Path(name).stem}.png")
 
-def _write_tables(tables, output):  # file name, or an open file
+def _write_csv(tables, output):  # file name, or an open file
     from sdmad_nb.config import write_atomically
     def write(file):
         for number, table in enumerate(tables): table.to_csv(file, index=False, header=number == 0)
@@ -52,7 +52,7 @@ def predict_command(given) -> int:  # exit code
     "Predict images with a fitted model, as CSV."
     from sdmad_nb.sdmad import SDMAD, decides, stream_predictions
     model, skipped = SDMAD.load(given.model, given.pretrained or "", given.device), [] if given.skip_bad else None
-    _write_tables(stream_predictions(model.detector, given.images, given.batch_size, skipped, decides(given.rule, model.calibration)), given.output or given.stdout)
+    _write_csv(stream_predictions(model.detector, given.images, given.batch_size, skipped, decides(given.rule, model.calibration)), given.output or given.stdout)
     if given.heatmaps: _heatmaps(model, given.images, given.heatmaps, given.skip_bad)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     return 3 if skipped else 0
@@ -62,7 +62,7 @@ def evaluate_command(given) -> int:  # exit code
     "Test a fitted model on a labelled folder, as CSV."
     from sdmad_nb.sdmad import SDMAD
     model = SDMAD.load(given.model, given.pretrained or "", given.device)
-    _write_tables([model.evaluate(given.data, rule=given.rule).reset_index()], given.output or given.stdout)
+    _write_csv([model.evaluate(given.data, rule=given.rule).reset_index()], given.output or given.stdout)
     return 0
 
 def demo_command(given) -> int:  # exit code

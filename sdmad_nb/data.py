@@ -66,6 +66,9 @@ class DataSet:
         "Name the file of one image."
         return self.folder / self.images[i]
 
+    @property
+    def paths(self) -> list: return [self.path(i) for i in range(len(self))]  # N files
+
 # %% ../nbs/01_data.ipynb #3a067500
 def to_rgb(
     image: Image.Image,  # of any mode

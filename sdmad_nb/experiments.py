@@ -139,7 +139,7 @@ def prepare_questions(
     backbone, tokens = load_backbone(config.backbone, config.pretrained, config.image_size, where), cache_folder("tokens") if cache else None
     resolve_layers(config.layers, backbone.depth)
     if cache and levels:
-        files, blocks = [dataset.path(row) for row in range(len(dataset))], range(1, backbone.depth + 1) if levels == "all" else levels
+        files, blocks = dataset.paths, range(1, backbone.depth + 1) if levels == "all" else levels
         level_store(backbone, files, blocks, tokens, limit_gb=limit_gb)
     return [open_study(fold, sign_set, backbone, ready, tokens, own) for fold in folds]
 

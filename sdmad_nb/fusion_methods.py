@@ -19,7 +19,8 @@ from .backbone import TokenStore, frozen_tokens
 from .baselines import Method, Study
 from .config import Config, resolve_layers
 from .data import Split, indices
-from .fusion import LevelAdapters, LevelPrompts, fit_fusion, fusion_loss, level_distance, normal_memory, score_levels
+from .fusion import LevelAdapters, LevelPrompts, fit_fusion, fusion_loss
+from .level_maps import level_distance, normal_memory, score_levels
 from .levels import level_store, token_levels
 from .map_losses import shot_loss
 from .maps import MapOutputs
@@ -34,7 +35,7 @@ def study_levels(
     layers,  # a preset's name or block numbers
 ) -> TokenStore:  # rows of (L, N, W); ValueError where there is no such block
     "Find the frozen tokens after several blocks."
-    return level_store(study.backbone, [study.dataset.path(row) for row in range(len(study.dataset))], layers, study.tokens.cache)
+    return level_store(study.backbone, study.dataset.paths, layers, study.cache)
 
 # %% ../nbs/11_2_fusion_methods.ipynb #3056f401
 @lru_cache(maxsize=8)
@@ -60,7 +61,8 @@ def level_shots(
 # %% ../nbs/11_2_fusion_methods.ipynb #1f1da29f
 @lru_cache(maxsize=2)
 def _far_from_shots(study, split, layers, augment):
-    memory, store = normal_memory(study.backbone, level_shots(study, split, layers, augment)[0]), study_levels(study, layers)
+    shots, store = level_shots(study, split, layers, augment)[0], study_levels(study, layers)
+    memory = normal_memory(study.backbone, shots.tokens[shots.labels == 0])
     rows = torch.as_tensor(indices(study.dataset, split.test))
     return torch.cat([level_distance(study.backbone, store[part], memory) for part in rows.split(32)])
 
@@ -130,7 +132,7 @@ COMPOSITION = pd.DataFrame([
 ], columns=["method", "frozen tokens", "adapter", "words", "loss", "score of an image"]).set_index("method")
 
 # %% ../nbs/11_2_fusion_methods.ipynb #152b48e4
-FUSION_CODE = (*ANOMALY_CODE, "april_gan", "fusion", "fusion_methods", "levels")
+FUSION_CODE = (*ANOMALY_CODE, "april_gan", "fusion", "fusion_methods")
 
 def run_fusion_method(
     study: Study,
@@ -150,5 +152,5 @@ def at_layers(
     layers,  # a preset's name or block numbers
 ) -> Study:  # ValueError where there is no such block
     "Look at other blocks in the same study. FusionCLIP-AD, Figure 5"
-    first, files = resolve_layers(layers, study.backbone.depth)[0], [study.dataset.path(row) for row in range(len(study.dataset))]
+    first, files = resolve_layers(layers, study.backbone.depth)[0], study.dataset.paths
     return replace(study, config=replace(study.config, layers=layers), tokens=frozen_tokens(study.backbone, files, first, study.cache))

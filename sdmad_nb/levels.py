@@ -8,7 +8,7 @@ __all__ = ['token_levels', 'class_and_patches', 'joint_width', 'level_store']
 # %% ../nbs/05_3_levels.ipynb #56ad6eab
 import torch
 
-from .backbone import Backbone, TokenStore, frozen_parts, image_reader, run_blocks
+from .backbone import Backbone, TokenStore, frozen_parts, image_reader, patches_of, run_blocks
 from .config import resolve_layers
 
 # %% ../nbs/05_3_levels.ipynb #3c95289b
@@ -34,7 +34,7 @@ def class_and_patches(
     count = backbone.image.grid[0] * backbone.image.grid[1]
     if tokens.shape[-2] <= count:
         raise ValueError(f"{backbone.name} has {tokens.shape[-2]} tokens for {count} patches and so no class token: choose a backbone with one, for example ViT-B-16-quickgelu")
-    return tokens[..., 0, :], tokens[..., -count:, :]
+    return tokens[..., 0, :], patches_of(backbone, tokens)
 
 # %% ../nbs/05_3_levels.ipynb #69a3484e
 def joint_width(backbone: Backbone) -> int:

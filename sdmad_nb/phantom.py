@@ -443,7 +443,7 @@ def _write_image(row, seed, folder):
             for finding, mask in masks.items() for top, left, bottom, right in _pieces(mask)]
 
 # %% ../nbs/02_phantom.ipynb #17416904
-def _write_tables(folder, rows, boxes):
+def _write_demo_tables(folder, rows, boxes):
     present = [name for name in CATEGORIES if any(name in row["findings"] for row in rows)]
     tables = {"labels.csv": [("image", "patient", *present, "mask")],
               "boxes.csv": [("image", "category", "x", "y", "width", "height"), *boxes]}
@@ -477,7 +477,7 @@ def make_demo(
         for name in ("images", "masks"): (work / name).mkdir(parents=True)
         written = Parallel(jobs, return_as="generator")(delayed(_write_image)(row, (slice, draw), work) for row in rows)
         written = tqdm(written, total=len(rows), desc=f"demo images, slice {slice}", unit="image")
-        _write_tables(work, rows, [box for found in written for box in found])
+        _write_demo_tables(work, rows, [box for found in written for box in found])
         try: os.replace(work, folder)
         except OSError:  # another process may have made the same meanwhile
             if not (folder / "labels.csv").is_file(): raise

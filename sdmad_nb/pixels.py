@@ -220,7 +220,7 @@ def shrink(
 KEPT = ("PNG", "JPEG", "MPO")  # MPO: a camera's JPEG with a preview
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM")
 
-def _read(path):  # -> upright picture, bytes, Pillow's name of the format; DataError
+def _read_picture(path):  # -> upright picture, bytes, Pillow's name of the format; DataError
     try: data = Path(path).read_bytes()
     except OSError as error: raise DataError(f"image {path} cannot be read ({error.strerror}): check the path") from error
     image = decode(data, f"image {path}", formats=FORMATS)
@@ -231,7 +231,7 @@ def picture(
     size: int = 0,  # largest short side in pixels; 0 keeps the picture as it is
 ):  # bytes of a PNG or JPEG to keep, or an (H, W) or (H, W, 3) uint8 array; DataError
     "Read a picture file in the form in which it should be kept."
-    image, data, kind = _read(path)
+    image, data, kind = _read_picture(path)
     deep = image.mode.startswith("I") or image.mode == "F"
     if kind in (KEPT if not size else ["PNG"]) and not deep and fitted(image.size, size) == image.size: return data
     return shrink(to_8bit(image) if deep else np.asarray(image if image.mode == "L" else to_rgb(image)), size)
@@ -256,7 +256,7 @@ def mask_picture(
     size: tuple = None,  # (width, height) that it has to get; None keeps its own
 ) -> np.ndarray:  # (H, W) uint8, 0 or 255: above 0, or from 128 on in a JPEG, whose zeros are not exact
     "Read a mask of any values as 0 and 255."
-    image, _, kind = _read(path)
+    image, _, kind = _read_picture(path)
     values = np.asarray(image if len(image.getbands()) == 1 else to_rgb(image))  # of a palette the numbers, not their colours
     values = values.max(-1) if values.ndim == 3 else values
     if size and abs(size[0] * image.height - size[1] * image.width) > 0.02 * size[0] * image.height:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRINTED_SETS', 'TITLES', 'METRICS', 'PRINTED_AS', 'GROUPS', 'Question', 'heading', 'setting', 'caveat', 'check_paper',
            'ask', 'answer', 'long_table', 'metric_table', 'patients_table', 'compared_table', 'standing', 'doubts',
-           'printed_table', 'save', 'dots_figure', 'maps_figure', 'write_answer']
+           'printed_table', 'save_figure', 'dots_figure', 'maps_figure', 'write_answer']
 
 # %% ../nbs/15_1_questions.ipynb #7b73b60b
 from dataclasses import dataclass, field, replace
@@ -105,7 +105,8 @@ def ask(
     check_seeds(seeds), check_paper(paper, ["synthetic findings"] if data == "demo" else None)
     folder, runs = results_folder(f"{experiment}-smoke" if smoke else experiment, results or None), results_folder("runs", results or None)
     for fields in changes.values(): replace(config, **fields)
-    studies = prepare_questions(config, data, slice, signs, device, smoke, split, each_patient, pixels, levels, cache, cache_limit_gb or None)
+    studies = prepare_questions(config, data, slice, signs, device, small=smoke, split=split, each_patient=each_patient, pixels=pixels,
+                                levels=levels, cache=cache, limit_gb=cache_limit_gb or None)
     check_paper(paper, studies[0].dataset.categories)
     return Question(studies, list(seeds), folder, runs, signs, data == "demo", pixels, draws, paper, changes)
 
@@ -197,7 +198,7 @@ def printed_table(
 # %% ../nbs/15_1_questions.ipynb #cb57de72
 GROUPS = {"brightness": "trivial", "clip-map": "frozen", "memory-bank": "frozen", "winclip": "frozen", "winclip-plus": "frozen", "sd-mad-mvfa": "yes", "fusion": "yes"}  # the others are trained
 
-def save(question: Question, figure, ending: str = ""):  # the figure
+def save_figure(question: Question, figure, ending: str = ""):  # the figure
     "Write a figure beside the tables, as PNG and SVG."
     for kind in ("png", "svg"): figure.savefig(question.folder / f"{question.name}{ending}.{kind}", dpi=150)
     return figure
@@ -217,7 +218,7 @@ def dots_figure(
         dots_per_seed(ax, part[["title", "value"]].rename(columns={"title": "method"}), colours, floor).set(xlabel=f"{said} (%)")
     figure.suptitle(f"{label}: {heading(question)}", fontsize=10)
     figure.tight_layout()
-    return save(question, figure)
+    return save_figure(question, figure)
 
 # %% ../nbs/15_1_questions.ipynb #d9ce5a04
 def maps_figure(

@@ -23,7 +23,7 @@ from .backbone import check_backbone, encode_prompts, load_backbone, patch_featu
 from .calibration import Calibration, calibrate, left_out_margins, margins_of, probabilities
 from .config import Config, numpy_generator, resolve_device, resolve_layers, write_atomically
 from .data import DataError, decode, draw_split, indices, read_dataset, to_rgb
-from .evaluation import anomaly_auroc, bootstrap_interval, category_auroc, hamming_score, macro_auroc, macro_f1, mean_average_precision, subset_accuracy
+from .evaluation import anomaly_auroc, bootstrap_interval, category_auroc, hamming_score, macro_auroc, macro_f1, mean_average_precision, sign_margins, subset_accuracy
 from .experiments import open_data
 from .pixels import FORMATS
 from .plots import map_over_image
@@ -113,7 +113,7 @@ def _rows(detector, names, features, calibration=None):  # -> table
     out, kept, margins = judge(detector, features), detector.keep.cpu().numpy(), margins_of(detector, features)
     said = out.predictions.numpy() if calibration is None else margins >= calibration.threshold
     chance = None if calibration is None else probabilities(margins, calibration.slope, calibration.intercept)
-    above = (features @ detector.sign_features.T - (features @ detector.anchor)[:, None]).cpu().numpy()  # (B, S)
+    above = sign_margins(features, detector.sign_features, detector.anchor).cpu().numpy()  # (B, S)
     best = np.argsort(-np.where(kept, above, -np.inf), axis=1)[:, :3]
     table = {"image": names, "abnormal": out.anomaly.numpy()}
     for c, name in enumerate(detector.signs.categories):
@@ -216,7 +216,7 @@ def explain_image(
     tokens = run_blocks(backbone, backbone.image.stem(backbone.preprocess(picture)[None].to(backbone.device)), 0, detector.start)
     adapters = detector.adapters.image if detector.adapters else None
     patches = patch_features(backbone, tokens, detector.start, adapters)[0]  # (P, D)
-    fits = (patches @ detector.sign_features[kept].T - (patches @ detector.anchor)[:, None]).T  # (S', P)
+    fits = sign_margins(patches, detector.sign_features[kept], detector.anchor).T  # (S', P)
     texts = tuple(text for text, keep in zip(detector.signs.texts, kept.tolist()) if keep)
     return Explanation(np.asarray(picture), _rows(detector, ["image"], embed(detector, tokens)), texts, detector.signs.category[kept.cpu()].numpy(),
                        detector.signs.categories, fits.reshape(-1, *backbone.image.grid).cpu().numpy())

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from .backbone import Backbone, EvaImageTower, TokenStore, frozen_values, run_blocks
+from .levels import joint_width
 
 # %% ../nbs/09_3_windows.ipynb #60fc536e
 def window_patches(
@@ -71,6 +72,5 @@ def window_store(
 ) -> TokenStore:  # N entries (V, D), in the order of `images`; ValueError where no window fits, or above the limit
     "Compute the vectors of all windows of images once, and keep them on disk."
     embed = lambda pixels: window_features(backbone, backbone.image.stem(pixels), scale, batch_size)
-    joint = backbone.image.project(torch.zeros(1, 1, backbone.image.width, device=backbone.device)).shape[-1]
-    shape = len(window_patches(backbone.image.grid, scale)), joint
+    shape = len(window_patches(backbone.image.grid, scale)), joint_width(backbone)
     return frozen_values(backbone, images, f"windows{scale}", shape, embed, folder, limit_gb=limit_gb)
