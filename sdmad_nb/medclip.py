@@ -352,10 +352,11 @@ def _kept_feature(file):  # -> (512,), or None where there is no sound file
 def medclip_features(
     model: MedClip,
     images,  # N image files
-    folder,  # cache folder
+    folder,  # cache folder; None keeps nothing
     batch_size: int = 32,  # images per forward pass
 ) -> torch.Tensor:  # (N, 512) unit norm, in the order of `images`
     "Compute each image's feature once, and keep it on disk."
+    if folder is None: return medclip_images(model, list(images), batch_size)
     folder, images = Path(folder) / f"{model.fingerprint}-medclip", list(images)
     files = [folder / f"{hashlib.sha256(Path(image).read_bytes()).hexdigest()[:32]}.safetensors" for image in images]
     features = {file: _kept_feature(file) for file in dict.fromkeys(files)}
