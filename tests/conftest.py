@@ -1,8 +1,10 @@
-"What the tests share: where things are, and a count of the notebooks that ran."
+"What the tests share: where things are, who runs what, and a count of the notebooks that ran."
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # `papermill`, `nbdev_test`, ... of the environment that runs pytest
@@ -16,6 +18,9 @@ REAL = Path(os.environ.get("SDMAD_REAL_DATA") or ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads weights; a missing file should fail at once
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: each has its share of the cores, and threads of one do not wait for another's
+    threads = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, threads)
 
 
 def notebook_name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()  # such as tutorials/1_one_image
@@ -25,6 +30,12 @@ def run(*command, **kwargs):  # a finished process with text in stdout and stder
     "Run a command without a terminal and return what it said."
     kwargs = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **kwargs}
     return subprocess.run([str(word) for word in command], **kwargs)
+
+
+def pytest_collection_modifyitems(items):
+    "With `pytest -n`, the tests of a file share its fixtures and stay together; notebooks go to whoever is free."
+    for item in items:
+        if not item.name.startswith(("test_library_notebook[", "test_experiment_notebook[")): item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -2,14 +2,17 @@
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import BIN, EXPERIMENTS, LIBRARY, NOTEBOOKS, ROOT, notebook_name, run
 
-WORKERS = min(2, os.cpu_count() or 1)  # notebooks at a time, each with its share of the cores
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    "Share one folder, so that notebooks read each other's records as they do for a user."
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "results"
 
 
 def test_exports_are_in_sync(tmp_path):
@@ -26,40 +29,21 @@ def test_exports_are_in_sync(tmp_path):
     assert not stale, f"run nbdev_export: {', '.join(stale)} in sdmad_nb/ differ from what the notebooks export"
 
 
-def command(notebook, folder):
-    "Say how a notebook is tested."
-    if notebook in LIBRARY: return BIN / "nbdev_test", "--path", notebook
-    return (BIN / "papermill", notebook, folder / notebook.name, "-p", "smoke", "True", "-p", "results", folder,
-            "--no-progress-bar")
-
-
-@pytest.fixture(scope="session")
-def runs(request, tmp_path_factory):
-    "Start the selected notebooks, a few at a time; give each one's future result."
-    folder = tmp_path_factory.mktemp("results")
-    selected = [item.callspec.params["notebook"] for item in request.session.items if "runs" in item.fixturenames]
-    threads = str(max(1, (os.cpu_count() or 1) // WORKERS))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    pool = ThreadPoolExecutor(WORKERS)
-    yield {notebook: pool.submit(run, *command(notebook, folder), env=environment) for notebook in selected}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("notebook", LIBRARY, ids=notebook_name)
-def test_library_notebook(notebook, runs):
+def test_library_notebook(notebook):
     "`nbdev_test` runs the notebook without an error."
-    done = runs[notebook].result()
+    done = run(BIN / "nbdev_test", "--path", notebook)
     assert done.returncode == 0 and "Success." in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("notebook", EXPERIMENTS, ids=notebook_name)
-def test_experiment_notebook(notebook, runs):
+def test_experiment_notebook(notebook, tmp_path, results):
     "`papermill -p smoke True` runs the notebook without an error, and knows the parameters."
-    done = runs[notebook].result()
+    done = run(BIN / "papermill", notebook, tmp_path / notebook.name, "-p", "smoke", "True", "-p", "results", results, "--no-progress-bar")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "unknown parameter" not in done.stderr, done.stderr
     if not re.match(r"run_fusion_(table|fig)\d", notebook.stem): return
-    folder = Path(done.args[done.args.index("results") + 1]) / f"{notebook.stem.removeprefix('run_')}-smoke"
+    folder = results / f"{notebook.stem.removeprefix('run_')}-smoke"
     assert {path.suffix for path in folder.iterdir()} == {".png", ".svg", ".csv", ".md"}
     assert "(demo data" in (folder / "table.md").read_text(encoding="utf-8").splitlines()[0]
 
