@@ -58,6 +58,7 @@ fusion: $(STAMP)
 # The tables and pictures of the README: made from the records of these runs, and copied, never typed
 figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
+	$(BIN)/papermill nbs/run_beyond.ipynb
 	mkdir -p nbs/figures
 	cp results/table2/table.md nbs/figures/table2.md
 	cp results/table2/demo-slice5.png nbs/figures/table2.png
@@ -68,6 +69,8 @@ figures: tables fusion
 	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
 	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
 	cp results/fusion_table2/table.md nbs/figures/fusion-table2.md
+	cp results/beyond/table.md nbs/figures/beyond.md
+	cp results/beyond/words.md nbs/figures/beyond-words.md
 	cp results/parts/table.md nbs/figures/parts.md
 	cp results/parts/words.md nbs/figures/parts-words.md
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb
