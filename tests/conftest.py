@@ -32,6 +32,7 @@ def run(*command, **kwargs):  # a finished process with text in stdout and stder
     return subprocess.run([str(word) for word in command], **kwargs)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items):
     "With `pytest -n`, the tests of a file share its fixtures and stay together; notebooks go to whoever is free."
     for item in items:
