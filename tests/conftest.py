@@ -1,10 +1,8 @@
-"What the tests share: where things are, who runs what, and a count of the notebooks that ran."
+"What the tests share: where things are, a share of the cores, and a count of the notebooks that ran."
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # `papermill`, `nbdev_test`, ... of the environment that runs pytest
@@ -30,13 +28,6 @@ def run(*command, **kwargs):  # a finished process with text in stdout and stder
     "Run a command without a terminal and return what it said."
     kwargs = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True, **kwargs}
     return subprocess.run([str(word) for word in command], **kwargs)
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
-def pytest_collection_modifyitems(items):
-    "With `pytest -n`, the tests of a file share its fixtures and stay together; notebooks go to whoever is free."
-    for item in items:
-        if not item.name.startswith(("test_library_notebook[", "test_experiment_notebook[")): item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter):

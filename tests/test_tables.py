@@ -53,7 +53,7 @@ def test_make_fusion_runs_every_notebook_of_its_paper():
 
 
 def test_the_pictures_read_the_records_of_the_tables(tmp_path):
-    "Their files are looked at in test_notebooks.py."
+    "Their files are looked at in test_experiments.py."
     smoke = lambda name: run(BIN / "papermill", f"nbs/run_fusion_{name}.ipynb", tmp_path / f"{name}.ipynb", "-p", "smoke", "True", "-p", "results", tmp_path)
     done = smoke("table1")
     assert done.returncode == 0, done.stderr
