@@ -150,8 +150,9 @@ def pixel_metrics(
     "Judge maps pixel by pixel."
     scores, found = _map_scores(maps, pixels), {}
     order = np.argsort(-scores)
-    for name, rows in (("pixel", order), ("inside", order[pixels.inside[order]])):
-        ranking = rank_pixels(scores[rows], pixels.abnormal[rows], pixels.parts[rows])
-        interval = pixel_interval(scores[rows], pixels.abnormal[rows], pixels.patient[rows], draws, generator=generator)
+    scores, abnormal, parts, patient, inside = (column[order] for column in (scores, pixels.abnormal, pixels.parts, pixels.patient, pixels.inside))
+    for name, rows in (("pixel", slice(None)), ("inside", inside)):
+        ranking = rank_pixels(scores[rows], abnormal[rows], parts[rows])
+        interval = pixel_interval(scores[rows], abnormal[rows], patient[rows], draws, generator=generator)
         found[name] = {"auroc": pixel_auroc(ranking), "aupro": aupro(ranking), "ap": pixel_average_precision(ranking), "interval": list(interval)}
     return found
