@@ -47,7 +47,7 @@ def test_make_tables_leaves_everything_and_reads_it_again(tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_fusion_runs_every_notebook_of_its_paper():
     done = run("make", "-n", "-o", f"{BIN.parent}/.installed", "fusion", f"VENV={BIN.parent}", "SMOKE=True", "RESULTS=there")
-    named = re.search(r"for name in ([^;]*);", done.stdout)[1].split()
+    named = [re.search(r"run_fusion_(\w+)", done.stdout)[1], *re.search(r"printf '%s\\n' (.*) \|", done.stdout)[1].split()]
     assert sorted(named) == sorted(path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")) and len(named) == 6
     assert "-p smoke True -p results there" in done.stdout
 
