@@ -236,7 +236,7 @@ def run_anomaly_method(
     code: tuple = ANOMALY_CODE,  # modules that their numbers depend on
 ) -> dict:  # the record; DataError where the test set cannot answer the question
     "Run one method with one seed, or read its record."
-    config = replace(study.config, seed=seed)
+    config = replace(study.config, **dict(methods[method].schedule), seed=seed)
     split = split_of(study, config, folder)
     check_question(study.dataset, split, pixels)
     path, identity = identify(study, config, method, split, folder, code, draws)

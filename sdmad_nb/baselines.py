@@ -277,8 +277,9 @@ def run_method(
     draws: int = 200,  # of the bootstrap
 ) -> dict:  # the record
     "Run one method with one seed, or read its record."
-    config = replace(study.config, seed=seed, selection=METHODS[method].selection)
+    chosen = METHODS[method]
+    config = replace(study.config, **dict(chosen.schedule), seed=seed, selection=chosen.selection)
     split = split_of(study, config, folder)
     path, identity = identify(study, config, method, split, folder, (*CODE, "medclip") if method == "medclip" else CODE, draws)
-    compute = lambda: METHODS[method].run(study, split, config)
+    compute = lambda: chosen.run(study, split, config)
     return run_once(path, identity, lambda: _measure(study, split, compute(), seed, draws))

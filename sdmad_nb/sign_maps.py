@@ -135,7 +135,7 @@ def fit_sign_maps(
     history = tuple(train_on_shots(detector.adapters.parameters(), shots, lambda batch: sign_map_loss(detector, batch), config, backbone.device))
     return replace(detector, text=replace(detector.text, history=history))
 
-# %% ../nbs/10_8_sign_maps.ipynb #1d3f0cf6
+# %% ../nbs/10_8_sign_maps.ipynb #ec635f19
 @torch.no_grad()
 def judge_sign_maps(
     detector: SignMapDetector,
