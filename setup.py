@@ -46,6 +46,6 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     # papermill loads its engine at every start: see nbs/14_papermill.ipynb
-    entry_points={"papermill.engine": ["sdmad_nb = sdmad_nb.papermill_engine:engine"], "console_scripts": [settings["console_scripts"]]},
+    entry_points={"papermill.engine": ["sdmad_nb = sdmad_nb.app.papermill_engine:engine"], "console_scripts": [settings["console_scripts"]]},
     zip_safe=False,
 )

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from sdmad_nb.adapters import make_adapters
-from sdmad_nb.backbone import (encode_prompts, freeze, frozen_tokens, image_features, load_backbone, resize_input,
+from sdmad_nb.core.adapters import make_adapters
+from sdmad_nb.core.clip import (encode_prompts, freeze, frozen_tokens, image_features, load_backbone, resize_input,
                                run_blocks, text_features)
-from sdmad_nb.config import Config, resolve_layers, torch_generator
-from sdmad_nb.signs import SignSet, normal_prompts, sign_prompts
-from sdmad_nb.training import embed, fit, judge, load, save
+from sdmad_nb.core.config import Config, resolve_layers, torch_generator
+from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts
+from sdmad_nb.core.detector import embed, fit, judge, load, save
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 LABELS = torch.eye(2)

@@ -84,7 +84,7 @@ def test_what_an_argument_means_is_in_the_reference(site):
     assert ["depth", "int", "number of transformer blocks of the backbone"] in rows
     assert ["shots", "int", "1", "K images per category. Tables 2-3: 1"] in rows  # a field of a dataclass
     assert "Turn a preset or a list into the numbers of the blocks" in pages["api/config.html"].text
-    assert "sdmad_nb.adapters.ShiftAdapter.forward" in pages["api/adapters.html"].ids
+    assert "sdmad_nb.core.adapters.ShiftAdapter.forward" in pages["api/adapters.html"].ids
 
 
 def test_no_link_leads_nowhere(site):
@@ -111,7 +111,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for path in out.rglob("*.css"):
         found += [f"{path.name}: {link}" for link in loads.findall(path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
-    losses = (out / "07_losses.html").read_text(encoding="utf-8")
+    losses = (out / "core/04_losses.html").read_text(encoding="utf-8")
     assert losses.count('class="math') > 20 and re.search(r'src="_static/tex-svg\.js', losses)
     assert (out / "_static" / "tex-svg.js").stat().st_size > 10**6
 
@@ -123,5 +123,5 @@ def test_search_works_without_a_server(site):
     assert {notebook_name(path) for path in NOTEBOOKS} | {f"api/{path.stem}" for path in MODULES} <= set(index["docnames"])
     documents = index["terms"]["craniotomi"]  # stems, as the search makes them of what is typed
     assert "02_phantom" in [index["docnames"][number] for number in ([documents] if isinstance(documents, int) else documents)]
-    assert any(entry[4] == "cosine_distance" for entry in index["objects"]["sdmad_nb.losses"])
+    assert any(entry[4] == "cosine_distance" for entry in index["objects"]["sdmad_nb.core.losses"])
     assert any(load.startswith("searchindex.js") for load in pages["search.html"].loads)

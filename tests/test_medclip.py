@@ -18,11 +18,11 @@ from torchvision.transforms.v2 import functional as transform
 from transformers import AutoTokenizer, BertModel, SwinModel
 
 from sdmad_nb import medclip
-from sdmad_nb.data import DataError
-from sdmad_nb.medclip import (BERT_NAME, BIO_CLINICAL_BERT, MEDCLIP_URL, SWIN, load_medclip, made_up_vocabulary, medclip_features,
+from sdmad_nb.data.folder import DataError
+from sdmad_nb.methods.medclip import (BERT_NAME, BIO_CLINICAL_BERT, MEDCLIP_URL, SWIN, load_medclip, made_up_vocabulary, medclip_features,
                               medclip_images, medclip_pixels, medclip_text_features, medclip_texts, medclip_tokens, open_medclip,
                               place_weights, random_medclip, save_medclip)
-from sdmad_nb.signs import SignSet, restrict
+from sdmad_nb.core.signs import SignSet, restrict
 
 SENTENCES = ["Enlarged ventricles", "a T2-weighted scan of the brain with a dark spot", "edema", "a normal brain (no finding)"]
 SIGNS = SignSet("brain", ("a normal {object}", "a healthy {object} without any finding"),
@@ -332,7 +332,7 @@ def test_without_transformers(folder, monkeypatch):
 
 
 def test_module_is_imported_without_transformers():
-    code = "import sys; sys.modules.update(transformers=None, tokenizers=None); import sdmad_nb.medclip"
+    code = "import sys; sys.modules.update(transformers=None, tokenizers=None); import sdmad_nb.methods.medclip"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageOps
 
-from sdmad_nb.data import DataError, DataSet, draw_split, load_mask, load_rgb, read_dataset, read_split, validate, write_split
-from sdmad_nb.experiments import open_data
-from sdmad_nb.signs import SignError, SignSet, read_signs, write_signs
+from sdmad_nb.data.folder import DataError, DataSet, draw_split, load_mask, load_rgb, read_dataset, read_split, validate, write_split
+from sdmad_nb.lab.experiments import open_data
+from sdmad_nb.core.signs import SignError, SignSet, read_signs, write_signs
 
 TRIED = {"labels.csv": 200, "boxes.csv": 150, "signs.json": 220, "image": 280, "mask": 120}  # mutations of each kind of file
 SECONDS = 10  # in which every answer must come

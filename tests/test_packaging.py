@@ -102,7 +102,7 @@ def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
     code = ("import importlib, pathlib, pkgutil, sdmad_nb\n"
             f"assert pathlib.Path(sdmad_nb.__file__).is_relative_to({str(installed_wheel)!r}), sdmad_nb.__file__\n"
             "for module in pkgutil.iter_modules(sdmad_nb.__path__): importlib.import_module('sdmad_nb.' + module.name)\n"
-            "from sdmad_nb.signs import preset_names, preset_path, read_signs\n"
+            "from sdmad_nb.core.signs import preset_names, preset_path, read_signs\n"
             f"assert preset_path('fastmri_plus').is_relative_to({str(installed_wheel)!r})\n"
             "assert all(read_signs(preset_path(name)).texts for name in preset_names())\n"
             "print(len(preset_names()), 'presets')")
@@ -113,10 +113,10 @@ def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
 
 def test_the_hook_is_installed():
     points = importlib.metadata.entry_points(group="papermill.engine")
-    assert [point.value for point in points if point.name == "sdmad_nb"][:1] == ["sdmad_nb.papermill_engine:engine"]
+    assert [point.value for point in points if point.name == "sdmad_nb"][:1] == ["sdmad_nb.app.papermill_engine:engine"]
 
 
-@pytest.mark.parametrize("module", ["sdmad_nb", "sdmad_nb.prepare", "sdmad_nb.papermill_engine"])
+@pytest.mark.parametrize("module", ["sdmad_nb", "sdmad_nb.data.prepare", "sdmad_nb.app.papermill_engine"])
 def test_import_is_light(module):
     "What takes seconds to import is not imported by what is imported often: the package, the command, papermill's hook."
     heavy = ("torch", "torchvision", "open_clip", "transformers", "nilearn", "matplotlib", "sklearn", "skimage", "scipy")
@@ -126,7 +126,7 @@ def test_import_is_light(module):
 
 def test_help_of_prepare_is_light():
     code = ("import runpy, sys; sys.argv = ['prepare', '--help']\n"
-            "try: runpy.run_module('sdmad_nb.prepare', run_name='__main__')\n"
+            "try: runpy.run_module('sdmad_nb.data.prepare', run_name='__main__')\n"
             "except SystemExit as end: assert not end.code\n"
             "assert 'torch' not in sys.modules")
     done = run(sys.executable, "-c", code)

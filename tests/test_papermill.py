@@ -143,5 +143,5 @@ def test_an_error_of_ours_leaves_papermill_alone(project):
 
 
 def test_the_hook_is_light():
-    code = "import sys, sdmad_nb.papermill_engine as m; print([n for n in ('torch', 'numpy', 'papermill') if n in sys.modules])"
+    code = "import sys, sdmad_nb.app.papermill_engine as m; print([n for n in ('torch', 'numpy', 'papermill') if n in sys.modules])"
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"

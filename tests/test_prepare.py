@@ -19,9 +19,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from sdmad_nb import fastmri
-from sdmad_nb.data import DataError, read_dataset, validate
-from sdmad_nb.pixels import dicom_frame, dicom_info, nifti_slices
-from sdmad_nb.prepare import annotation_counts, fastmri_plus, main, read_annotations
+from sdmad_nb.data.folder import DataError, read_dataset, validate
+from sdmad_nb.data.pixels import dicom_frame, dicom_info, nifti_slices
+from sdmad_nb.data.prepare import annotation_counts, fastmri_plus, main, read_annotations
 
 LABELS, VOLUMES = REAL / "fastmri_plus" / "brain.csv", REAL / "fastmri_plus" / "brain_file_list.csv"
 needs_labels = pytest.mark.skipif(not LABELS.is_file(), reason=f"fastMRI+'s {LABELS} is not there: data_links.md says where to get it; "
@@ -34,7 +34,7 @@ NORMAL = 368  # volumes without a row, or with "Normal for age" alone
 
 def prepare(*words, **kwargs):
     "Run the command the way a user does."
-    return run(sys.executable, "-m", "sdmad_nb.prepare", *words, **kwargs)
+    return run(sys.executable, "-m", "sdmad_nb.data.prepare", *words, **kwargs)
 
 
 def write_volume(path, seed, slices=(0, 5, 10), depth=16, side=320):
@@ -133,7 +133,7 @@ def test_killed_again_and_again_it_ends_the_same(small):
     fastmri_plus(small / "volumes", small / "brain.csv", small / "list.csv", undisturbed, slices=(5,), progress=False)
     folder = small / "out" / "fastmri_plus-slice5"
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
-        process = subprocess.Popen([sys.executable, "-m", "sdmad_nb.prepare", *map(str, command(small))], cwd=ROOT,
+        process = subprocess.Popen([sys.executable, "-m", "sdmad_nb.data.prepare", *map(str, command(small))], cwd=ROOT,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not folder.exists(): time.sleep(0.005)
         time.sleep(delay)

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from conftest import BIN, REAL, ROOT, run
 
-from sdmad_nb.config import Config
-from sdmad_nb.data import draw_split
-from sdmad_nb.experiments import prepare_study, run_methods
+from sdmad_nb.core.config import Config
+from sdmad_nb.data.folder import draw_split
+from sdmad_nb.lab.experiments import prepare_study, run_methods
 
 
 def table2(results, **parameters):

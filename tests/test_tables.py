@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from conftest import BIN, REAL, ROOT, run
 
-from sdmad_nb.anomaly import run_anomaly_method
-from sdmad_nb.config import Config
-from sdmad_nb.experiments import prepare_questions, prepare_study, run_methods
-from sdmad_nb.questions import answer, ask, printed_table
+from sdmad_nb.lab.anomaly import run_anomaly_method
+from sdmad_nb.core.config import Config
+from sdmad_nb.lab.experiments import prepare_questions, prepare_study, run_methods
+from sdmad_nb.lab.questions import answer, ask, printed_table
 
 EXPERIMENTS = ("table1", "table2", "table3", "fig3", "fig4")
 
@@ -66,8 +66,8 @@ def test_the_pictures_read_the_records_of_the_tables(tmp_path):
 
 WORK = """
 import sys
-from sdmad_nb.config import Config
-from sdmad_nb.experiments import prepare_study, run_methods
+from sdmad_nb.core.config import Config
+from sdmad_nb.lab.experiments import prepare_study, run_methods
 study = prepare_study(Config(epochs=3), "demo", 5, small=True)
 print("ready", flush=True)
 run_methods(study, [0, 1, 2], sys.argv[1], ["clip", "coop", "sd-mad-no-ss", "sd-mad"])

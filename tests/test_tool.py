@@ -14,9 +14,9 @@ import pytest
 from conftest import BIN, REAL, ROOT, run
 from PIL import Image
 
-from sdmad_nb.config import Config
-from sdmad_nb.experiments import open_data
-from sdmad_nb.sdmad import SDMAD
+from sdmad_nb.core.config import Config
+from sdmad_nb.lab.experiments import open_data
+from sdmad_nb.app.sdmad import SDMAD
 
 SDMAD_COMMAND = str(BIN / "sdmad")
 
@@ -140,7 +140,7 @@ def test_interrupted_it_leaves_no_file(fitted, tmp_path):
 
 def test_help_does_not_wait_for_torch():
     "Asked of the modules that were imported, not of a clock."
-    code = "import sys; from sdmad_nb.command_line import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys; from sdmad_nb.app.command_line import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr
     assert run(SDMAD_COMMAND, "prepare", "--help").returncode == 0
@@ -163,7 +163,7 @@ def test_memory_stays_flat_over_many_images(fitted):
     "Twenty times the images: the peak of what Python allocates for them does not grow with their number."
     import tracemalloc
     dataset, model = fitted
-    from sdmad_nb.sdmad import stream_predictions
+    from sdmad_nb.app.sdmad import stream_predictions
     detector, peaks = SDMAD.load(model).detector, []
     for count in (8, 160):
         tracemalloc.start()
