@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .clip import Backbone
+from .clip import Clip
 from .config import Config, resolve_layers, torch_generator
 
 # %% ../../nbs/core/03_adapters.ipynb #ad854fc9
@@ -59,10 +59,10 @@ class Adapters(nn.Module):
     def first(self) -> int: return min(self.image)  # tokens are frozen up to this block
 
 # %% ../../nbs/core/03_adapters.ipynb #4ac2ee3b
-def make_adapters(backbone: Backbone, config: Config) -> Adapters:  # ValueError where a layer is not in the backbone
+def make_adapters(clip: Clip, config: Config) -> Adapters:  # ValueError where a layer is not in the backbone
     "Draw the untrained adapters of a run."
-    layers = resolve_layers(config.layers, backbone.depth)
+    layers = resolve_layers(config.layers, clip.depth)
     build = lambda width, *name: ShiftAdapter(width, config.bottleneck or round(0.75 * width), config.lam,
                                               torch_generator(config.seed, "adapters", *name))
-    image = {number: build(backbone.image.width, "image", str(number)) for number in layers}
-    return Adapters(image, build(backbone.text.width, "text") if config.text_adapter else None).to(backbone.device)
+    image = {number: build(clip.image.width, "image", str(number)) for number in layers}
+    return Adapters(image, build(clip.text.width, "text") if config.text_adapter else None).to(clip.device)
