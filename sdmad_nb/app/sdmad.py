@@ -23,7 +23,10 @@ from ..core.clip import check_backbone, encode_prompts, load_backbone, patch_fea
 from .calibration import Calibration, calibrate, left_out_margins, margins_of, probabilities
 from ..core.config import Config, numpy_generator, resolve_device, resolve_layers, write_atomically
 from ..data.folder import DataError, decode, draw_split, indices, read_dataset, to_rgb
-from ..core.scores import anomaly_auroc, bootstrap_interval, category_auroc, hamming_score, macro_auroc, macro_f1, mean_average_precision, sign_margins, subset_accuracy
+from ..core.scores import sign_margins
+from ..lab.metrics import (anomaly_auroc, category_auroc, hamming_score, macro_auroc,
+    macro_f1, mean_average_precision, subset_accuracy)
+from ..lab.statistics import bootstrap_interval
 from ..lab.experiments import open_data
 from ..data.pixels import FORMATS
 from ..lab.plots import map_over_image

@@ -20,7 +20,8 @@ from ..core.clip import encode_prompts, frozen_tokens, image_features, patch_fea
 from .baselines import CODE, Method, Study, identify, split_of
 from ..core.config import Config, numpy_generator, resolve_layers
 from ..data.folder import DataError, DataSet, Split, indices, load_mask, load_rgb
-from ..core.scores import anomaly_auroc, bootstrap_interval
+from .metrics import anomaly_auroc
+from .statistics import bootstrap_interval
 from ..methods.level_maps import level_distance, normal_memory
 from ..methods.levels import token_levels
 from ..methods.map_losses import MapShots

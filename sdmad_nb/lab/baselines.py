@@ -20,8 +20,10 @@ import torch
 from ..core.clip import Backbone, PromptBank, TokenStore, encode_prompts, frozen_tokens
 from ..core.config import Config, config_to_dict, numpy_generator, resolve_layers
 from ..data.folder import DataSet, Split, dataset_fingerprint, draw_split, indices, read_split, write_split
-from ..core.scores import (anomaly_auroc, bootstrap_interval, category_auroc, category_scores, hamming_score,
-                                 macro_auroc, multi_label_metrics, subset_accuracy)
+from ..core.scores import category_scores
+from .metrics import (anomaly_auroc, category_auroc, hamming_score, macro_auroc,
+    multi_label_metrics, subset_accuracy)
+from .statistics import bootstrap_interval
 from ..methods.few_shot import linear_probe, tip_adapter, tune_keys
 from ..methods.medclip import MedClip, medclip_features, medclip_text_features
 from ..methods.coop import learn_context

@@ -17,7 +17,7 @@ from ..core.clip import patch_features
 from .baselines import CODE, Method, Study, fitted_on, identify, split_of
 from ..core.config import Config
 from ..data.folder import DataError, Split, indices, read_boxes
-from ..core.scores import anomaly_auroc, macro_auroc, mean_average_precision, multi_label_metrics
+from .metrics import anomaly_auroc, macro_auroc, mean_average_precision, multi_label_metrics
 from .fusion_methods import FUSION_CODE, fusion, level_shots, study_levels
 from .localisation import localise
 from ..methods.map_losses import MapShots

@@ -27,7 +27,8 @@ from scipy.stats import false_discovery_control
 
 import sdmad_nb
 from ..core.config import numpy_generator, project_root, write_atomically
-from ..core.scores import bootstrap_interval, category_auroc, paired_difference
+from .metrics import category_auroc
+from .statistics import bootstrap_interval, paired_difference
 
 try: import resource
 except ImportError: resource = None  # Windows has none: the peak memory is then recorded as unknown
