@@ -26,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..core.config import numpy_generator, write_atomically
-from ..core.signs import SignError, parse_signs
+from ..core.signs import SignError, read_signs
 
 # %% ../../nbs/data/00_folder.ipynb #3377ee94
 SHOWN_FAULTS = 100  # lines of one message
@@ -318,9 +318,9 @@ def _sign_faults(folder, categories, signs):  # folder, C names, anything with .
     if signs is None:
         source = "signs.json"
         if not os.path.lexists(folder / source): return []
-        try: signs = parse_signs(_read_inside(folder, source, source), source)
+        try: _read_inside(folder, source, source); signs = read_signs(folder / source)
         except DataError as error: return [str(error)]
-        except SignError as error: return list(error.faults)
+        except SignError as error: return [f"signs.json: {fault}" for fault in error.faults]
     known = signs.categories
     return [f"{source}: no signs for {category!r}: add a few phrases, or delete the column from labels.csv"
             for category in categories if category not in known]
