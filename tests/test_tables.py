@@ -95,7 +95,7 @@ def test_killed_again_and_again_the_records_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("parameters, words", [
-    (dict(lam=1.5), "lam is 1.5 but must be a number in [0, 1]"),
+    (dict(lam=1.5), "'lam' is 1.5"),
     (dict(shots=999), "too few images to draw 999 per category"),
     (dict(prompts="poems"), "prompts is 'poems'"),
     (dict(paper="Brain"), "paper is 'Brain': use one of BrainMRI"),

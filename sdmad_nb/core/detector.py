@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transform
 from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
-from .config import Config, config_from_dict, config_to_dict, torch_generator, write_atomically
+from .config import Config, config_to_dict, torch_generator, write_atomically
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
 from .selection import select_signs
@@ -268,7 +268,7 @@ def read_header(
         with safe_open(path, "pt") as stored: header = json.loads((stored.metadata() or {})["sdmad"])
         if header["format"] != _FORMAT: raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
         texts = {name: str(header[name]) for name in ("method", "clip", "fingerprint")}
-        return {**texts, "config": config_from_dict(header["config"]), "signs": SignSet(**header["signs"]),
+        return {**texts, "config": Config(**header["config"]), "signs": SignSet(**header["signs"]),
                 "notes": dict(header["notes"])}
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
