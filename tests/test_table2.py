@@ -86,9 +86,9 @@ def test_results_without_write_permission(tmp_path):
 @pytest.mark.parametrize("change, says", [
     (dict(slice=3), "slice is 3"), (dict(data="no/such/folder"), "is not a data-set folder"), (dict(device="gpu"), "device is 'gpu'"),
     (dict(signs="my_signs"), "neither a file nor one of the presets"),
-    (dict(config=dict(backbone="ViT-Z")), "backbone 'ViT-Z' is unknown"), (dict(config=dict(lam=1.5)), "lam is 1.5"),
+    (dict(config=dict(backbone="ViT-Z")), "backbone 'ViT-Z' is unknown"), (dict(config=dict(lam=1.5)), "'lam' is 1.5"),
     (dict(config=dict(backbone="ViT-L-14", pretrained="openai")), "use backbone 'ViT-L-14-quickgelu'"),
-    (dict(config=dict(layers=[2, 99])), "between 1 and 8"), (dict(config=dict(layers=3)), "layers is 3")])
+    (dict(config=dict(layers=[2, 99])), "between 1 and 8"), (dict(config=dict(layers=3)), "'layers' is 3")])
 def test_wrong_choices_are_refused_before_work_starts(change, says, tmp_path, monkeypatch):
     monkeypatch.setenv("SDMAD_CACHE", str(tmp_path))
     with pytest.raises(ValueError) as caught:

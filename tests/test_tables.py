@@ -97,9 +97,9 @@ def test_killed_again_and_again_the_records_are_the_same(tmp_path):
 @pytest.mark.parametrize("parameters, words", [
     (dict(lam=1.5), "'lam' is 1.5"),
     (dict(shots=999), "too few images to draw 999 per category"),
-    (dict(prompts="poems"), "prompts is 'poems'"),
+    (dict(prompts="poems"), "'prompts' is 'poems'"),
     (dict(paper="Brain"), "paper is 'Brain': use one of BrainMRI"),
-    (dict(faults="[peeking]"), "mvfa_faults is ('peeking',)"),
+    (dict(faults="[peeking]"), "'mvfa_faults' > entry 1 is 'peeking'"),
 ])
 def test_table1_refuses_a_wrong_value_before_it_computes(tmp_path, parameters, words):
     chosen = [word for name, value in {"results": tmp_path, "smoke": True, **parameters}.items() for word in ("-y", f"{name}: {value}")]
