@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['InputError', 'schema_faults', 'read_json']
 
-# %% ../../nbs/core/08_inputs.ipynb #fc6763f1
+# %% ../../nbs/core/08_inputs.ipynb #0a8b5b5a
 import json
 import reprlib
 from pathlib import Path
 
 from pydantic import ValidationError
 
-# %% ../../nbs/core/08_inputs.ipynb #d0133c86
+# %% ../../nbs/core/08_inputs.ipynb #1cf305f5
 class InputError(ValueError):
     "Say in one message everything that is wrong with what a user gave."
     def __init__(self, message, faults=()):  # faults: sentences, each with place and remedy
@@ -20,7 +20,7 @@ class InputError(ValueError):
         more = [f"and {len(faults) - 100} more: correct these first"] if len(faults) > 100 else []
         super().__init__((": " if len(faults) == 1 else "\n- ").join([message, *faults[:100], *more]))
 
-# %% ../../nbs/core/08_inputs.ipynb #5c0fe33b
+# %% ../../nbs/core/08_inputs.ipynb #f9f4c42a
 _REMEDIES = {"missing": "add it", "unexpected_keyword_argument": "correct its name, or remove it",
              "too_short": "write at least one", "string_too_short": "write a text", "string_type": "write a text",
              "string_unicode": "write it anew, it holds half a character", "tuple_type": "write a list",
@@ -34,9 +34,10 @@ def schema_faults(error: ValidationError) -> list:  # one sentence for each faul
         value = "missing" if fault["type"] == "missing" else reprlib.repr(fault["input"])
         remedy = _REMEDIES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
         return f"{place} is {value}: {remedy}" if place else remedy
-    return [sentence(fault) for fault in error.errors(include_url=False)]
+    return [sentence(fault) for fault in error.errors(include_url=False)
+            if not (fault["type"] == "too_short" and fault["input"])]  # pydantic does not count entries that are wrong
 
-# %% ../../nbs/core/08_inputs.ipynb #211706a6
+# %% ../../nbs/core/08_inputs.ipynb #25d9e80f
 def _no_key_twice(items):  # keys and values of one JSON object
     names = [name for name, _ in items]
     if len(set(names)) < len(names):

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULT_TEMPLATES', 'named_signs', 'sign_prompts', 'normal_prompts', 'SignError', 'SignSet', 'restrict', 'read_signs',
            'write_signs', 'preset_names', 'preset_path']
 
-# %% ../../nbs/core/01_signs.ipynb #46638cbf
+# %% ../../nbs/core/01_signs.ipynb #b7ae91b4
 import json
 import os
 from dataclasses import field, fields, replace
@@ -20,13 +20,13 @@ from pydantic.dataclasses import dataclass
 from .config import write_atomically
 from .inputs import InputError, read_json, schema_faults
 
-# %% ../../nbs/core/01_signs.ipynb #a6e11e37
+# %% ../../nbs/core/01_signs.ipynb #66b70e57
 def sign_prompts(sign_set: "SignSet") -> list:  # S lists of T sentences
     "Put every sign into every template. The authors' rebuttal, W5."
     frames = [template.replace("{object}", sign_set.object) for template in sign_set.templates]
     return [[frame.replace("{sign}", text) for frame in frames] for text in sign_set.texts]
 
-# %% ../../nbs/core/01_signs.ipynb #b67fe2c5
+# %% ../../nbs/core/01_signs.ipynb #75cf932d
 def normal_prompts(sign_set: "SignSet") -> list:  # N sentences
     "Fill in the sentences behind the anchor. Section 3.2."
     return [text.replace("{object}", sign_set.object) for text in sign_set.normal]
@@ -43,7 +43,7 @@ DEFAULT_TEMPLATES = (  # the first is that of the authors' rebuttal, W5
     "{sign} as an abnormal finding on imaging of the {object}",
 )
 
-# %% ../../nbs/core/01_signs.ipynb #5cf1ea2f
+# %% ../../nbs/core/01_signs.ipynb #361d8960
 def _texts(*names):  # fields that may stand in braces
     "Make the types of one text and of a list of them."
     def sound(text):
@@ -56,16 +56,15 @@ def _texts(*names):  # fields that may stand in braces
     def different(texts):
         plain = [" ".join(text.casefold().split()) for text in texts]
         again = [text for i, text in enumerate(texts) if plain[i] in plain[:i]]
-        if not texts: raise ValueError("write at least one text")
         if again: raise ValueError(f"remove {again[0]!r}, which repeats an earlier entry")
         return texts
     text = Annotated[str, Field(min_length=1), AfterValidator(sound)]
-    return text, Annotated[tuple[text, ...], AfterValidator(different)]
+    return text, Annotated[tuple[text, ...], Field(min_length=1), AfterValidator(different)]
 
 _NAME, _SIGNS = _texts()
 _NORMALS, _TEMPLATES = _texts("{object}")[1], _texts("{object}", "{sign}")[1]
 
-# %% ../../nbs/core/01_signs.ipynb #01c5214b
+# %% ../../nbs/core/01_signs.ipynb #4e65b997
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class _SignFile:
     object: _NAME  # what the images show, fills {object}
@@ -83,7 +82,7 @@ class _SignFile:
         if lost: raise ValueError(f"signs has {lost[0]!r}, which is not among the candidates: add or correct it")
         return self
 
-# %% ../../nbs/core/01_signs.ipynb #de579422
+# %% ../../nbs/core/01_signs.ipynb #61670741
 class SignError(InputError):
     "Say what is wrong with a set of signs."
 
@@ -102,7 +101,7 @@ class SignSet(_SignFile):
         import torch  # here, so that reading signs does not wait for it
         return torch.tensor([c for c, group in enumerate(self.signs.values()) for _ in group])
 
-# %% ../../nbs/core/01_signs.ipynb #7bc3f288
+# %% ../../nbs/core/01_signs.ipynb #6b4d997d
 def restrict(
     sign_set: SignSet,
     categories,  # names to keep, in the order wanted
@@ -114,13 +113,13 @@ def restrict(
     kept = {name: sign_set.candidates[name] for name in names if sign_set.candidates}
     return replace(sign_set, signs={name: sign_set.signs[name] for name in names}, candidates=kept)
 
-# %% ../../nbs/core/01_signs.ipynb #f942db73
+# %% ../../nbs/core/01_signs.ipynb #53688dd9
 def read_signs(path) -> SignSet:  # SignError lists every fault of the file in one message
     "Read the signs of a data set and check them whole."
     try: return SignSet(**read_json(path))
     except InputError as error: raise SignError(f"the signs {path} cannot be used", error.faults) from error
 
-# %% ../../nbs/core/01_signs.ipynb #9cf46cb7
+# %% ../../nbs/core/01_signs.ipynb #e94b576b
 def write_signs(sign_set: SignSet, path) -> Path:
     "Write a set of signs as a sign file."
     order = ("object", "normal", "templates", "signs", "candidates", "note")
@@ -128,7 +127,7 @@ def write_signs(sign_set: SignSet, path) -> Path:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8", newline="\n"))
 
-# %% ../../nbs/core/01_signs.ipynb #ecf6a836
+# %% ../../nbs/core/01_signs.ipynb #2725c6fd
 _PRESETS = Path(str(files("sdmad_nb") / "assets" / "signs"))
 
 def preset_names() -> tuple:  # in alphabetical order
