@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = {path.relative_to(NBS).with_suffix("").as_posix(): path for path in sorted(NBS.rglob("*.ipynb"))
              if not any(part[0] in "_." for part in path.relative_to(NBS).parts)}  # by the names of their pages
-MODULES = sorted(path.stem for path in (ROOT / "sdmad_nb").glob("[!_]*.py"))
+ROOMS = ("core", "data", "methods", "lab", "app")
+MODULES = [f"{room}.{path.stem}" for room in ROOMS for path in sorted((ROOT / "sdmad_nb" / room).glob("[!_]*.py"))]
 PAGES = ("data_links.md", "CONTRIBUTING.md", "CHANGELOG.md")
 EMPTY = inspect.Parameter.empty
 MARK = re.compile(r"[\\*_{}\[\]<>$#~]")  # what Markdown could take for markup
-NAME = re.compile(r"(?<![\w`\[/}])`([A-Za-z_0-9][\w.]*)`(?![`\]])")  # `name`, alone in backticks and in no link
+NAME = re.compile(r"(?<![\w`\[/}])`([A-Za-z_0-9][\w./]*)`(?![`\]])")  # `name`, alone in backticks and in no link
 sys.path.insert(0, str(ROOT))  # the modules of this checkout, whatever is installed
 
 
@@ -36,7 +37,7 @@ def public(name):  # of a module
 
 def constants(name):  # of a module
     "Find the source of what a module assigns, by the names that are assigned."
-    text = (ROOT / "sdmad_nb" / f"{name}.py").read_text(encoding="utf-8")
+    text = (ROOT / "sdmad_nb" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
     lines, found = text.splitlines(), {}
     for node in ast.parse(text).body:
         if not isinstance(node, ast.Assign): continue
@@ -66,7 +67,7 @@ def link_table():  # {what stands in backticks: role or link}
     owners = {word: (name, thing) for name in MODULES for word, thing in public(name)}
     arguments = {word for _, thing in owners.values() if callable(thing) for word in inspect.signature(thing).parameters}
     links = {word: f"{{py:obj}}`{word} <sdmad_nb.{name}.{word}>`" for word, (name, _) in owners.items() if word not in arguments}
-    return links | {path.stem: f"[`{path.stem}`](/{name}.ipynb)" for name, path in NOTEBOOKS.items()}
+    return links | {name: f"[`{name}`](/{name}.ipynb)" for name in NOTEBOOKS}
 
 
 def linked(text, links):
@@ -111,12 +112,13 @@ def notebook(path, links):
 
 
 def contents(text):  # of the index
-    "List the notebooks in the order in which the index speaks of them, and the rest, as tables of contents."
+    "List the notebooks as tables of contents: by their rooms, and the rest in the order of the index."
     order = list(dict.fromkeys(re.findall(r"\]\(([\w/]+)\.ipynb\)", text)))
     order += [name for name in NOTEBOOKS if name not in order and name != "index"]
-    groups = {"Tutorials": [name for name in order if "/" in name],
-              "Notebooks": [name for name in order if name[0].isdigit()],
-              "Experiments": [name for name in order if not name[0].isdigit() and "/" not in name],
+    inside = lambda folder: sorted(name for name in order if name.startswith(f"{folder}/"))
+    groups = {"Start here": [name for name in order if "/" not in name and not name.startswith(("run_", "train_"))],
+              "Tutorials": inside("tutorials"), **{f"{room.capitalize()}": inside(room) for room in ROOMS},
+              "Experiments": [name for name in order if name.startswith(("run_", "train_"))],
               "Reference": ["api/index"], "Project": [page.removesuffix(".md") for page in PAGES]}
     return "\n\n".join("\n".join([":::{toctree}", ":hidden:", f":caption: {caption}", "", *names, ":::"])
                        for caption, names in groups.items())
@@ -197,7 +199,7 @@ def entry(name, word, thing, links):  # -> lines
 def module_page(name, links):
     "Make the page of a module: each public name with its signature, its sentence and its table."
     module = importlib.import_module(f"sdmad_nb.{name}")
-    source = re.search(r"File to edit: \.\./nbs/(.+)\.ipynb", inspect.getsource(module))[1]
+    source = re.search(r"File to edit: (?:\.\./)+nbs/(.+)\.ipynb", inspect.getsource(module))[1]
     lines = [f"# sdmad_nb.{name}", "", f":::{{py:module}} sdmad_nb.{name}", ":::", "",
              escaped(inspect.getdoc(module) or ""), "", f"Written, explained and tested in [`{source}`](/{source}.ipynb).", ""]
     for word, thing in public(name): lines += entry(name, word, thing, links)
@@ -225,7 +227,7 @@ def write_pages(folder):
         if name == "index":
             text = "\n".join(cell.source for cell in book.cells)
             book.cells.append(nbformat.v4.new_markdown_cell(contents(text), id="contents"))
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(book, folder / f"{name}.ipynb")
     for page in PAGES:
         text = moved((ROOT / page).read_text(encoding="utf-8"), "")
