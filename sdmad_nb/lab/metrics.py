@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['as_tables', 'hamming_score', 'subset_accuracy', 'category_auroc', 'anomaly_auroc', 'macro_auroc',
-           'mean_average_precision', 'macro_f1', 'multi_label_metrics']
+           'mean_average_precision', 'macro_f1']
 
-# %% ../../nbs/lab/00_metrics.ipynb #6f02c6d4
+# %% ../../nbs/lab/00_metrics.ipynb #4d311a3d
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, hamming_loss, roc_auc_score
 
-# %% ../../nbs/lab/00_metrics.ipynb #e38e9eba
+# %% ../../nbs/lab/00_metrics.ipynb #aaf2e535
 def _as_array(values):
     return values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values)
 
@@ -31,16 +31,16 @@ def as_tables(
     if not binary and not np.isfinite(outputs.astype(float)).all(): raise ValueError("scores contain NaN or infinity")
     return labels.astype(bool), outputs.astype(bool if binary else float)
 
-# %% ../../nbs/lab/00_metrics.ipynb #b57cadd4
+# %% ../../nbs/lab/00_metrics.ipynb #7387ec7a
 def hamming_score(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
 ) -> float:  # in [0, 1]; ValueError where the tables do not fit
-    "Measure the share of right answers over all images and categories. Section 4.1, protocol 2"
+    "Measure the share of right decisions over all images and categories. Section 4.1, protocol 2"
     labels, predictions = as_tables(labels, predictions, binary=True)
     return float(1 - hamming_loss(labels, predictions))
 
-# %% ../../nbs/lab/00_metrics.ipynb #df52bb96
+# %% ../../nbs/lab/00_metrics.ipynb #7e89f609
 def subset_accuracy(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
@@ -49,7 +49,7 @@ def subset_accuracy(
     labels, predictions = as_tables(labels, predictions, binary=True)
     return float(accuracy_score(labels, predictions))
 
-# %% ../../nbs/lab/00_metrics.ipynb #dcf2303f
+# %% ../../nbs/lab/00_metrics.ipynb #da11e785
 def _each_category(metric, labels, outputs, exists):  # -> (C,), NaN where the metric does not exist
     return np.array([metric(labels[:, c], outputs[:, c]) if known else np.nan for c, known in enumerate(exists)])
 
@@ -61,7 +61,7 @@ def category_auroc(
     labels, scores = as_tables(labels, scores, binary=False)
     return _each_category(roc_auc_score, labels, scores, labels.any(axis=0) & ~labels.all(axis=0))
 
-# %% ../../nbs/lab/00_metrics.ipynb #63754c5a
+# %% ../../nbs/lab/00_metrics.ipynb #8f588ebd
 def anomaly_auroc(
     labels,  # (B, C) 0/1; a row of zeros is a normal image
     scores,  # (B,) from `anomaly_score`
@@ -70,7 +70,7 @@ def anomaly_auroc(
     anomalous = as_tables(labels, labels, binary=True)[0].any(axis=1, keepdims=True)  # (B, 1)
     return float(category_auroc(anomalous, _as_array(scores)[:, None])[0])
 
-# %% ../../nbs/lab/00_metrics.ipynb #8a2be45d
+# %% ../../nbs/lab/00_metrics.ipynb #b286ebb9
 def _mean_defined(values):
     values = np.asarray(values, dtype=float)
     return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else float("nan")
@@ -82,7 +82,7 @@ def macro_auroc(
     "Average the AUROC over the categories that have one. Table 3, Avg."
     return _mean_defined(category_auroc(labels, scores))
 
-# %% ../../nbs/lab/00_metrics.ipynb #0139ba0f
+# %% ../../nbs/lab/00_metrics.ipynb #3b106f39
 def mean_average_precision(
     labels,  # (B, C) 0/1
     scores,  # (B, C)
@@ -91,7 +91,7 @@ def mean_average_precision(
     labels, scores = as_tables(labels, scores, binary=False)
     return _mean_defined(_each_category(average_precision_score, labels, scores, labels.any(axis=0)))
 
-# %% ../../nbs/lab/00_metrics.ipynb #be8054e6
+# %% ../../nbs/lab/00_metrics.ipynb #9bf18c74
 def macro_f1(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
@@ -99,14 +99,3 @@ def macro_f1(
     "Average F1 over the categories that have positives."
     labels, predictions = as_tables(labels, predictions, binary=True)
     return _mean_defined(_each_category(f1_score, labels, predictions, labels.any(axis=0)))
-
-# %% ../../nbs/lab/00_metrics.ipynb #3460bc01
-def multi_label_metrics(
-    labels,  # (B, C) 0/1
-    scores,  # (B, C)
-    predictions,  # (B, C) 0/1
-) -> dict:  # hamming, subset_accuracy, macro_auroc, map, macro_f1: fractions in [0, 1], or NaN
-    "Compute the paper's two multi-label metrics and three that are harder to please."
-    return {"hamming": hamming_score(labels, predictions), "subset_accuracy": subset_accuracy(labels, predictions),
-            "macro_auroc": macro_auroc(labels, scores), "map": mean_average_precision(labels, scores),
-            "macro_f1": macro_f1(labels, predictions)}
