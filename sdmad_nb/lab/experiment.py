@@ -79,8 +79,8 @@ def _check_paper(paper, categories):  # ValueError where there is no such set, o
     wanted = BMAD[PRINTED_SETS[paper]].category
     if tuple(categories) != (wanted,):
         found = ", ".join(map(repr, categories))
-        raise ValueError(f"paper is {paper!r} but the data has {found} and not {wanted!r}, as BMAD's set has: leave paper "
-                         "empty, or set data to the folder that `sdmad prepare bmad` has made")
+        raise ValueError(f"paper is {paper!r} but the data has {found} and not {wanted!r}, as BMAD's set has: "
+                         "leave paper empty, or set data to the folder that `sdmad prepare bmad` has made")
 
 # %% ../../nbs/lab/09_experiment.ipynb #35388084
 def _every(experiment, name):  # values of a field of the configuration, over the benchmarks

@@ -23,7 +23,8 @@ def dots_per_seed(
 ):  # the Axes
     "Show each seed of each method."
     shown = table.assign(value=table["value"] * (100 if percent else 1))
-    sns.stripplot(shown, x="value", y="method", hue="method", palette=colours, legend=False, jitter=0.12, size=5, alpha=0.7, ax=ax)
+    look = dict(palette=colours, legend=False, jitter=0.12, size=5, alpha=0.7)
+    sns.stripplot(shown, x="value", y="method", hue="method", ax=ax, **look)
     for place, (_, values) in enumerate(shown.groupby("method", sort=False)["value"]):
         ax.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="black", linewidth=2)
     if floor is not None: ax.axvline(floor * (100 if percent else 1), color="black", linestyle=":", linewidth=1)
@@ -45,7 +46,8 @@ def maps_line(
     for ax, values, (low, high) in zip(axes[1:], maps, limits or [(None, None)] * len(maps), strict=True):
         ax.imshow(values, cmap="viridis", vmin=low, vmax=high, extent=(0, width, height, 0), interpolation="bilinear")
     for ax in axes:
-        if mask.any(): ax.contour(np.arange(width) + 0.5, np.arange(height) + 0.5, mask, levels=[0.5], colors="#F0E442", linewidths=0.8)
+        across, down = np.arange(width) + 0.5, np.arange(height) + 0.5
+        if mask.any(): ax.contour(across, down, mask, levels=[0.5], colors="#F0E442", linewidths=0.8)
         ax.axis("off")
     return axes
 
@@ -57,20 +59,22 @@ def verdicts(
     predictions: dict,  # method -> (C,) bool, at most three
     names,  # C short names
 ):  # the Axes
-    "Show an image with its findings and what each method says about them."
+    "Show an image with its findings and the decisions of each method."
     ax.imshow(image, cmap="gray", vmin=0, vmax=255)
     height, width = np.asarray(image).shape[:2]
     line = height * 0.13
     for row, name in enumerate(names):
         y = height + line * (row + 0.8)
-        ax.text(0, y, name, fontsize=5.2, va="center", weight="bold" if truth[row] else "normal", color="black" if truth[row] else "#777777")
-        for column, said in enumerate(predictions.values()):
-            right = bool(said[row]) == bool(truth[row])
-            box = (width * (0.72 + 0.15 * column), y - line * 0.36)
-            ax.add_patch(Rectangle(box, width * 0.1, line * 0.72, facecolor=COLOURS["yes" if right else "no"] if said[row] else "none",
-                                   edgecolor=COLOURS["yes" if right else "no"], linewidth=1.2, clip_on=False))
+        weight, colour = ("bold", "black") if truth[row] else ("normal", "#777777")
+        ax.text(0, y, name, fontsize=5.2, va="center", weight=weight, color=colour)
+        for column, decided in enumerate(predictions.values()):
+            edge = COLOURS["yes" if bool(decided[row]) == bool(truth[row]) else "no"]
+            corner = (width * (0.72 + 0.15 * column), y - line * 0.36)
+            ax.add_patch(Rectangle(corner, width * 0.1, line * 0.72, facecolor=edge if decided[row] else "none",
+                                   edgecolor=edge, linewidth=1.2, clip_on=False))
     for column, method in enumerate(predictions):
-        ax.text(width * (0.77 + 0.15 * column), height + line * (len(names) + 0.4), method, fontsize=6, rotation=90, ha="center", va="top")
+        place = width * (0.77 + 0.15 * column), height + line * (len(names) + 0.4)
+        ax.text(*place, method, fontsize=6, rotation=90, ha="center", va="top")
     ax.set(xlim=(0, width), ylim=(height + line * (len(names) + 3), 0))
     ax.axis("off")
     return ax
@@ -90,10 +94,12 @@ def sign_heatmap(
         names = np.asarray(names)
         starts = np.flatnonzero(np.r_[True, names[1:] != names[:-1]])
         for start in starts[1:]: line(start, color="black", linewidth=1)
-        label((starts + np.r_[starts[1:], len(names)]) / 2, [name[:22] for name in names[starts]], rotation=35 if label == ax.set_xticks else 0,
-              ha="right", fontsize=8)
+        middle = (starts + np.r_[starts[1:], len(names)]) / 2
+        turn = 35 if label == ax.set_xticks else 0
+        label(middle, [name[:22] for name in names[starts]], rotation=turn, ha="right", fontsize=8)
     dropped = np.flatnonzero(~np.asarray(keep, dtype=bool))
-    ax.plot(dropped + 0.5, np.full(len(dropped), len(values) + 0.012 * len(values)), "x", color="black", markersize=5, clip_on=False)
+    below = np.full(len(dropped), 1.012 * len(values))
+    ax.plot(dropped + 0.5, below, "x", color="black", markersize=5, clip_on=False)
     ax.tick_params(length=0, pad=8)
     return ax
 
@@ -109,9 +115,11 @@ def map_over_image(
     "Show where in an image something fits."
     height, width = np.asarray(image).shape[:2]
     ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-    ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit, alpha=0.55, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    ax.imshow(values, cmap="vlag", vmin=-limit, vmax=limit, alpha=0.55, extent=extent, interpolation="bilinear")
     if mask is not None and np.any(mask): ax.contour(mask, levels=[0.5], colors="#F0E442", linewidths=1.2)
     for x, y, wide, high in boxes:
-        ax.add_patch(Rectangle((x - 0.5, y - 0.5), wide, high, fill=False, edgecolor="#F0E442", linewidth=1.2, linestyle="--"))
+        corner, look = (x - 0.5, y - 0.5), dict(edgecolor="#F0E442", linewidth=1.2, linestyle="--")
+        ax.add_patch(Rectangle(corner, wide, high, fill=False, **look))
     ax.set_axis_off()
     return ax
