@@ -14,7 +14,7 @@ help:
 	@echo "make fusion   every table and figure of FusionCLIP-AD, on the demo"
 	@echo "make test     set everything up and run every notebook and every test"
 	@echo "make venv     set everything up in $(VENV), about 6 GB"
-	@echo "make figures  run what the README shows, and write its tables and pictures anew"
+	@echo "make figures  run what README and results page show, and write their tables and pictures anew"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make docs     build the documentation site in _docs: every notebook, every module, searchable offline"
 	@echo "make dist     build the sdist and the wheel in dist, and check them"
@@ -58,7 +58,7 @@ fusion: $(STAMP)
 	$(RUN) nbs/run_fusion_table1.ipynb $(WITH)
 	printf '%s\n' $(REST) | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(RUN) nbs/run_fusion_{}.ipynb $(WITH) --no-progress-bar
 
-# The tables and pictures of the README: made from the records of these runs, and copied, never typed
+# The tables and pictures of the README and of the results page: made from the records of these runs, never typed
 figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
 	$(BIN)/papermill nbs/run_beyond.ipynb
@@ -73,10 +73,9 @@ figures: tables fusion
 	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
 	cp results/fusion_table2/table.md nbs/figures/fusion-table2.md
 	cp results/beyond/table.md nbs/figures/beyond.md
-	cp results/beyond/words.md nbs/figures/beyond-words.md
 	cp results/parts/table.md nbs/figures/parts.md
-	cp results/parts/words.md nbs/figures/parts-words.md
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb nbs/results.ipynb
+	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
 
 readme: $(STAMP)
