@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Brightness', 'TextMap', 'MemoryBank']
 
-# %% ../../nbs/methods/10_frozen_maps.ipynb #03f45c06
+# %% ../../nbs/methods/10_frozen_maps.ipynb #8c76467b
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from .maps import memory_distance, patch_memory, text_logits
 from .prompt_ensembles import read_text
 from .registry import Method
 
-# %% ../../nbs/methods/10_frozen_maps.ipynb #2de56c8d
+# %% ../../nbs/methods/10_frozen_maps.ipynb #43146ac9
 class Brightness(Detector):
     "Call bright pixels abnormal."
     @classmethod
@@ -29,7 +29,7 @@ class Brightness(Detector):
         grey = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))
         return Prediction(grey.flatten(1).mean(1), anomaly_map=grey if maps else None)
 
-# %% ../../nbs/methods/10_frozen_maps.ipynb #f79756f7
+# %% ../../nbs/methods/10_frozen_maps.ipynb #261ea678
 class TextMap(Detector):
     "Compare the image and its patches with normal and abnormal text: zero-shot CLIP."
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
@@ -50,7 +50,7 @@ class TextMap(Detector):
         patches = patch_features(self.clip, features.tokens(last), last)
         return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, logits(patches)))
 
-# %% ../../nbs/methods/10_frozen_maps.ipynb #cd71975e
+# %% ../../nbs/methods/10_frozen_maps.ipynb #88b46ee7
 class MemoryBank(Detector):
     "Measure the distance to the frozen patches of normal images at several depths. Chen et al. 2023"
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
@@ -71,7 +71,7 @@ class MemoryBank(Detector):
         found = pixel_maps(self.clip, distance)  # (B, H, H)
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-# %% ../../nbs/methods/10_frozen_maps.ipynb #43ae6a75
+# %% ../../nbs/methods/10_frozen_maps.ipynb #846c184b
 _GIVES = dict(gives=("anomaly", "anomaly_map"), group="frozen")
 METHODS = (
     Method("brightness", "Brightness", Brightness, tables=("table1", "beyond"), **_GIVES),
