@@ -56,6 +56,7 @@ class Config(_Checked):
     "Hold every choice that can change a result."
     backbone: Annotated[str, Field(min_length=1)] = "demo"  # or an open_clip name; the paper: ViT-L-14-quickgelu
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
+    medclip: str = ""  # folder of MedCLIP's weights, see `methods/06_medclip`; empty leaves out its row
     image_size: _COUNT = 0  # pixels; 0 = the backbone's own. The paper: 240
     layers: Annotated[object, AfterValidator(_known_layers)] = "quarters"  # see `resolve_layers`. Section 4.1
     lam: _SHARE = 0.8  # Eq. (2): share of the frozen stream; 0.8 is MVFA's, the paper gives no number
