@@ -61,7 +61,8 @@ def find_methods() -> dict:  # name -> Method; ValueError where two have one nam
     found = [method for module in modules for method in getattr(module, "METHODS", ())]
     twice = {method.name for method in found if sum(other.name == method.name for other in found) > 1}
     if twice: raise ValueError(f"more than one method is called {sorted(twice)[0]!r}: give each a name of its own")
-    return {method.name: method for method in sorted(found, key=lambda method: _ORDER.index(method.group))}
+    place = lambda method: (_ORDER.index(method.group), method.title.casefold())
+    return {method.name: method for method in sorted(found, key=place)}
 
 def find_method(name: str) -> Method:  # ValueError with the nearest name
     "Find a method by its name."
