@@ -63,6 +63,7 @@ def metric_table(
     "Show methods against metrics."
     shown = long[long.metric.isin(metrics)]
     table = mean_std_table(shown.assign(metric=shown.metric.map(metrics)), rows=rows, columns="metric")
+    table = table[[name for name in metrics.values() if name in table]]
     first = shown[shown.metric == next(iter(metrics))]
     return table.assign(n=first.groupby(list(rows), sort=False).value.count()) if count else table
 
@@ -83,7 +84,7 @@ def interval_table(
     found = table.metric.str.extract(pattern).assign(value=100 * table.value, **{key: table[key] for key in rows})
     found = found[found.end.notna()].assign(metric=lambda part: (part.level + "/" + part.name).str.strip("/"))
     ends = found.pivot_table(index=[*rows, "metric"], columns="end", values="value", sort=False)
-    known = (ends["0"] != ends["1"]) | ends["0"].isin([0, 100])
+    known = (ends["0"] != ends["1"]) | ends["0"].isin([0, 50, 100])  # 50: the AUROC of a constant
     texts = (ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format)).where(known, "one patient")
     return texts.unstack("metric", sort=False).rename_axis(columns=None)
 
