@@ -47,7 +47,7 @@ def exported_names(notebook):  # of functions and classes
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type != "code" or not cell.source.startswith("#| export"): continue
         for node in ast.parse(cell.source).body:
-            patched = any(getattr(mark, "id", "") == "patch" for mark in getattr(node, "decorator_list", ()))
+            patched = "patch" in map(ast.unparse, (getattr(mark, "func", mark) for mark in getattr(node, "decorator_list", ())))
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not patched and not node.name.startswith("_"):
                 yield node.name
 
@@ -61,8 +61,13 @@ def test_a_name_is_defined_in_one_notebook():
 
 
 def test_lines_are_short():
-    long = [f"{path.relative_to(ROOT)}:{number}" for path in MODULES
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    "What nbdev writes itself, the module's docstring and its list of names, aside."
+    long = []
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        start = source.count("\n", 0, source.find("\n]" if "__all__" not in source else "]", source.find("__all__"))) + 1
+        long += [f"{path.relative_to(ROOT)}:{number}" for number, line in enumerate(source.splitlines(), 1)
+                 if len(line) > 120 and number > start]
     assert not long, f"more than 120 characters: {long}"
 
 

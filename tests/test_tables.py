@@ -1,191 +1,230 @@
-"Every table and figure by one command, records that survive a kill, and what Table 1 refuses and measures on real masks."
+"Tables from end to end: what a command leaves, what is read again, what is survived, what is refused, and real images."
 import json
+import math
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import BIN, REAL, ROOT, run
 
-from sdmad_nb.lab.anomaly import run_anomaly_method
 from sdmad_nb.core.config import Config
-from sdmad_nb.lab.experiments import prepare_questions, prepare_study, run_methods
-from sdmad_nb.lab.questions import answer, ask, printed_table
+from sdmad_nb.data.splits import draw_split
+from sdmad_nb.lab.benchmark import each_patient, open_benchmark, run_all
+from sdmad_nb.lab.experiment import long_table, open_experiment, printed_table
 
-EXPERIMENTS = ("table1", "table2", "table3", "fig3", "fig4")
-
-
-def make_tables(results):
-    "Call make the way a user does, with the environment that runs this test."
-    venv = BIN.parent
-    return run("make", "-o", f"{venv}/.installed", "tables", f"VENV={venv}", "SLICES=5", "SMOKE=True", f"RESULTS={results}")
+COMMAND = "run_table2.ipynb"
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_tables_leaves_everything_and_reads_it_again(tmp_path):
-    done = make_tables(tmp_path)
+def papermill(results, notebook=COMMAND, **parameters):
+    "Run a notebook in its smoke configuration, the way a user calls it."
+    chosen = {"results": results, "smoke": True, **parameters}
+    words = [word for name, value in chosen.items() for word in ("-y", f"{name}: {value}")]
+    return run(BIN / "papermill", f"nbs/{notebook}", *words)
+
+
+def last_line(done): return re.sub(r"\x1b\[\d*m", "", done.stderr).strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    results = tmp_path_factory.mktemp("table2")
+    done = papermill(results)
     assert done.returncode == 0, done.stderr
-    for name in EXPERIMENTS:
-        kinds = {path.suffix for path in (tmp_path / f"{name}-smoke").iterdir()}
-        assert {".png", ".svg"} <= kinds and (name == "fig4" or {".csv", ".md"} <= kinds), name
-        assert list((tmp_path / name).glob(f"run_{name}*.ipynb")), f"{name} has no executed notebook"
-    records = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
-    methods = {json.loads(text)["method"] for text in records.values()}
-    assert {"clip", "coop", "sd-mad", "sd-mad-no-ss", "brightness", "clip-map", "memory-bank", "mvfa", "sd-mad-mvfa"} <= methods
-    tables = {name: (tmp_path / f"{name}-smoke" / "table.md").read_text(encoding="utf-8") for name in EXPERIMENTS[:4]}
-    assert all("demo data" in text.splitlines()[0].lower() for text in tables.values())
-    assert make_tables(tmp_path).returncode == 0
-    assert {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")} == records, "a second run computed something again"
-    assert tables == {name: (tmp_path / f"{name}-smoke" / "table.md").read_text(encoding="utf-8") for name in tables}
+    return results
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_fusion_runs_every_notebook_of_its_paper():
-    done = run("make", "-n", "-o", f"{BIN.parent}/.installed", "fusion", f"VENV={BIN.parent}", "SMOKE=True", "RESULTS=there")
-    named = [re.search(r"run_fusion_(\w+)", done.stdout)[1], *re.search(r"printf '%s\\n' (.*) \|", done.stdout)[1].split()]
-    assert sorted(named) == sorted(path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")) and len(named) == 6
-    assert "-p smoke True -p results there" in done.stdout
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    "Copy the small demo without its masks and boxes."
+    folder = tmp_path_factory.mktemp("data") / "plain"
+    shutil.copytree(open_benchmark(Config(), small=True).dataset.folder, folder)
+    shutil.rmtree(folder / "masks")
+    (folder / "boxes.csv").unlink()
+    pd.read_csv(folder / "labels.csv").drop(columns="mask").to_csv(folder / "labels.csv", index=False)
+    return folder
 
 
-def test_the_pictures_read_the_records_of_the_tables(tmp_path):
-    "Their files are looked at in test_experiments.py."
-    smoke = lambda name: run(BIN / "papermill", f"nbs/run_fusion_{name}.ipynb", tmp_path / f"{name}.ipynb", "-p", "smoke", "True", "-p", "results", tmp_path)
-    done = smoke("table1")
-    assert done.returncode == 0, done.stderr
-    records = {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")}
-    assert {record["method"]: record["config"]["batch_size"] for record in map(json.loads, records.values())} == {
-        "clip-map": 22, "winclip": 22, "winclip-plus": 22, "april-gan": 22, "mvfa": 8, "fusion": 22}, "MVFA is trained as in run_table1"
-    assert smoke("fig6").returncode == 0
-    assert {path: path.read_bytes() for path in (tmp_path / "runs").glob("*.json")} == records, "a row was computed twice"
+def test_table2_leaves_records_tables_and_figures(finished):
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (finished / "runs").glob("*.json")]
+    assert {"nothing", "constant-oracle", "clip", "linear-probe", "coop", "sd-mad"} < {record["method"] for record in records}
+    for record in records:
+        assert set(record["split"]["train"]).isdisjoint(record["split"]["test"])
+        assert 0 <= record["metrics"]["decisions"]["subset_accuracy"] <= record["metrics"]["decisions"]["hamming"] <= 1
+    folder = finished / "table2-smoke"
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert "demo data" in text.splitlines()[0] and {".png", ".svg"} <= {path.suffix for path in folder.iterdir()}
+    assert all(name in text for name in ("Hamming", "macro-F1", "abnormal AUROC", "MedCLIP", "SD-MAD (no SS)"))
+    assert list((finished / "table2").glob("run_table2*.ipynb")), "the executed notebook is beside the records"
+
+
+def test_a_second_run_reads_records_and_repairs_what_is_damaged(finished, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(finished, results)
+    records = sorted((results / "runs").glob("*.json"))
+    damaged, before = next(path for path in records if "-clip-" in path.name), {path: path.read_bytes() for path in records}
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    assert papermill(results).returncode == 0
+    [notebook] = (results / "table2").glob("run_table2*.ipynb")
+    printed = "".join(output.get("text", "") for cell in nbformat.read(notebook, as_version=4).cells
+                      for output in cell.get("outputs", []))
+    assert "recomputing" in printed and damaged.name in printed
+    assert [path for path in records if path.read_bytes() != before[path]] == [damaged], "other records are only read"
+    again, first = json.loads(damaged.read_text()), json.loads(before[damaged])
+    assert again["metrics"] == first["metrics"] and again["outputs"] == first["outputs"]
+
+
+@pytest.mark.parametrize("notebook, wrong, says", [
+    (COMMAND, dict(slice=3), "slice is 3: the demo has slices"), (COMMAND, dict(seeds="[1, 1]"), "seeds is [1, 1]"),
+    ("run_table1.ipynb", dict(shots=999), "too few images to draw 999 per category"),
+    ("run_table1.ipynb", dict(paper="Brain"), "paper is 'Brain': use one of BrainMRI"),
+    ("run_fusion_fig4.ipynb", dict(shot_counts="[2, 2]", smoke=False), "must be a list of different whole numbers")])
+def test_a_wrong_parameter_ends_in_one_sentence(tmp_path, notebook, wrong, says):
+    done = papermill(tmp_path, notebook, **wrong)
+    assert done.returncode == 1 and says in last_line(done), done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("table.*"))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(signs="my_signs"), "neither a file nor one of the presets"), (dict(data="no/such"), "is not a data-set folder"),
+    (dict(config=Config(backbone="ViT-Z")), "backbone 'ViT-Z' is unknown"), (dict(config=Config(layers=[2, 99])), "and 8"),
+    (dict(config=Config(backbone="ViT-L-14", pretrained="openai")), "use backbone 'ViT-L-14-quickgelu'")])
+def test_wrong_choices_are_refused_before_work_starts(change, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("SDMAD_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        open_benchmark(**{"config": Config(), "small": True, **change})
+    assert "\n" not in str(caught.value).strip() and not list(tmp_path.rglob("*.safetensors"))
 
 
 WORK = """
 import sys
 from sdmad_nb.core.config import Config
-from sdmad_nb.lab.experiments import prepare_study, run_methods
-study = prepare_study(Config(epochs=3), "demo", 5, small=True)
+from sdmad_nb.lab.benchmark import open_benchmark, run_all
+benchmark = open_benchmark(Config(epochs=3), small=True)
 print("ready", flush=True)
-run_methods(study, [0, 1, 2], sys.argv[1], ["clip", "coop", "sd-mad-no-ss", "sd-mad"])
+run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], sys.argv[1])
 """
 
 
 def test_killed_again_and_again_the_records_are_the_same(tmp_path):
     "SIGKILL at different moments: no half record, and in the end the numbers of an undisturbed run."
-    prepare_study(Config(epochs=3), "demo", 5, small=True)  # the demo's images and tokens are there
-    done = subprocess.run([sys.executable, "-c", WORK, tmp_path / "calm"], cwd=ROOT, capture_output=True, text=True)
+    work = [sys.executable, "-c", WORK]
+    done = subprocess.run([*work, tmp_path / "calm"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for wait in (0.05, 0.6, 1.5):
-        process = subprocess.Popen([sys.executable, "-c", WORK, tmp_path / "killed"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for wait in (0.05, 1.5):
+        process = subprocess.Popen([*work, tmp_path / "killed"], cwd=ROOT, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True)
         assert process.stdout.readline() == "ready\n"
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        for path in (tmp_path / "killed").glob("*.json"): json.loads(path.read_text(encoding="utf-8"))
-    early = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.json")}
-    assert subprocess.run([sys.executable, "-c", WORK, tmp_path / "killed"], cwd=ROOT, capture_output=True).returncode == 0
-    calm, killed = ({path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / name).glob("*.json")} for name in ("calm", "killed"))
-    assert calm.keys() == killed.keys() and len(calm) == 12
-    for name in calm: assert calm[name]["metrics"] == killed[name]["metrics"] and calm[name]["split"] == killed[name]["split"], name
-    assert all((tmp_path / "killed" / name).read_bytes() == text for name, text in early.items()), "a finished record was written again"
+        early = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob("*.json")}
+        for text in early.values(): json.loads(text)
+    assert subprocess.run([*work, tmp_path / "killed"], cwd=ROOT, capture_output=True).returncode == 0
+    calm, killed = ({path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / name).glob("*.json")}
+                    for name in ("calm", "killed"))
+    assert calm.keys() == killed.keys() and len(calm) == 9
+    assert all(calm[name]["metrics"] == killed[name]["metrics"] for name in calm)
+    assert all((tmp_path / "killed" / name).read_bytes() == text for name, text in early.items())
 
 
-@pytest.mark.parametrize("parameters, words", [
-    (dict(lam=1.5), "'lam' is 1.5"),
-    (dict(shots=999), "too few images to draw 999 per category"),
-    (dict(prompts="poems"), "'prompts' is 'poems'"),
-    (dict(paper="Brain"), "paper is 'Brain': use one of BrainMRI"),
-    (dict(faults="[peeking]"), "'mvfa_faults' > entry 1 is 'peeking'"),
-])
-def test_table1_refuses_a_wrong_value_before_it_computes(tmp_path, parameters, words):
-    chosen = [word for name, value in {"results": tmp_path, "smoke": True, **parameters}.items() for word in ("-y", f"{name}: {value}")]
-    done = run(BIN / "papermill", "nbs/run_table1.ipynb", *chosen)
-    assert done.returncode != 0 and words in re.sub(r"\x1b\[\d*m", "", done.stderr), done.stderr[-2000:]
-    assert not list(tmp_path.glob("runs/*.json"))
+def test_a_split_file_of_the_user_is_used_for_every_seed(tmp_path):
+    drawn = draw_split(open_benchmark(Config(), small=True).dataset, 2, 7)
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({"train": drawn.train, "shots": 2}))
+    benchmark = open_benchmark(Config(), small=True, split=str(mine))
+    for record in run_all([benchmark], ["clip"], [0, 1], tmp_path / "results"):
+        assert record["split"]["train"] == list(drawn.train) and record["config"]["shots"] == 2
+        assert record["split"]["test"] == list(drawn.test)
+    mine.write_text(json.dumps({"train": drawn.train[:1]}))
+    with pytest.raises(ValueError, match='no image of "train" has'): open_benchmark(Config(), small=True, split=str(mine))
 
 
-def test_figure4_refuses_wrong_shots_before_it_computes(tmp_path):
-    done = run(BIN / "papermill", "nbs/run_fusion_fig4.ipynb", "-y", "shot_counts: [2, 2]", "-p", "results", tmp_path)
-    assert done.returncode != 0 and "shot_counts is [2, 2] but must be a list of different whole numbers" in re.sub(r"\x1b\[\d*m", "", done.stderr), done.stderr[-2000:]
-    assert not list(tmp_path.glob("runs/*.json"))
+def test_without_a_cache_the_numbers_are_the_same(tmp_path):
+    kept, fresh = (run_all([open_benchmark(Config(), small=True, cache=cache)], ["sd-mad"], [0], tmp_path / str(cache))[0]
+                   for cache in (True, False))
+    assert kept["config"] == fresh["config"] and kept["split"] == fresh["split"]
+    np.testing.assert_allclose(kept["outputs"]["scores"], fresh["outputs"]["scores"], atol=1e-4)
 
 
-def test_fusion_questions_refuse_shots_layers_and_the_paper_beside_other_data(tmp_path):
-    base = dict(experiment="fusion_fig4", seeds=[0], results=str(tmp_path), smoke=True)
-    with pytest.raises(ValueError, match="too few images to draw 99"): ask(config=Config(shots=99), **base)
-    with pytest.raises(ValueError, match="between 1 and 8"): ask(config=Config(shots=2, layers=(4, 9)), **base)
-    with pytest.raises(ValueError, match="between 1 and 8"): ask(config=Config(shots=2), levels=[3, 99], **base)
-    with pytest.raises(ValueError, match="paper is 'BrainMRI' but the data has 'synthetic findings'"): ask(config=Config(shots=2), paper="BrainMRI", **base)
-    without_masks(tmp_path / "plain")
-    with pytest.raises(ValueError, match="paper is 'LiverCT' but the data has 'any finding' and not 'Liver tumour'"):
-        ask(config=Config(shots=2), data=str(tmp_path / "plain"), pixels=False, paper="LiverCT", **base)
-    with pytest.raises(ValueError, match="plain has no mask"): ask(config=Config(shots=2), data=str(tmp_path / "plain"), **base)
-    assert not list(tmp_path.glob("runs/*"))
+def test_data_without_masks_is_refused_or_measured_by_images_alone(plain, tmp_path):
+    benchmark = open_benchmark(Config(shots=2, epochs=1, batch_size=4), str(plain), findings=0)
+    arguments = "table1", "Table 1", [replace(benchmark, protocols=("image", "pixels"))], [0], str(tmp_path)
+    with pytest.raises(ValueError, match="plain has no mask .* set pixels to False"): open_experiment(*arguments)
+    [record] = run_all([replace(benchmark, protocols=("image",))], ["mvfa"], [0], tmp_path / "runs")
+    assert set(record["metrics"]) == {"image"} and 0 <= record["metrics"]["image"]["auroc"] <= 1
 
 
-def test_papers_numbers_stand_beside_the_bmad_set_of_that_name(tmp_path):
+def test_one_finding_is_sent_to_table1_and_one_kind_of_image_is_refused(plain, tmp_path):
+    folder, table = shutil.copytree(plain, tmp_path / "single"), pd.read_csv(plain / "labels.csv")
+    names = [name for name in table if name not in ("image", "patient", "split")]
+    table.drop(columns=names[1:]).to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(ValueError, match="has one finding, .*run_table1"):
+        open_benchmark(Config(), str(folder), signs="fastmri_plus", findings=2)
+    table[table[names].any(axis=1)].to_csv(folder / "labels.csv", index=False)
+    benchmark = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=0)
+    with pytest.raises(ValueError, match="all .* are abnormal"):
+        open_experiment("t", "T", [replace(benchmark, protocols=("image",))], [0], str(tmp_path))
+    tables = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=2)
+    [record] = run_all([tables], ["clip"], [0], tmp_path / "runs")
+    assert "decisions" in record["metrics"] and "image" not in record["metrics"], "Table 2 does without normal images"
+
+
+def test_the_papers_numbers_stand_beside_the_bmad_set_of_that_name(plain, tmp_path):
     "The small demo, written as BMAD's brain set is prepared: one finding of that name."
-    table = without_masks(tmp_path / "brain")
+    folder, table = shutil.copytree(plain, tmp_path / "brain"), pd.read_csv(plain / "labels.csv")
     names = [name for name in table if name not in ("image", "patient", "split")]
     one = table[["image", "patient"]].assign(**{"Brain tumour": table[names].max(axis=1)})
-    one.to_csv(tmp_path / "brain" / "labels.csv", index=False)
-    question = ask("t", Config(shots=1, epochs=1, batch_size=22), [0], str(tmp_path / "brain"), signs="bmad_brain", results=str(tmp_path), pixels=False, draws=5, paper="BrainMRI")
+    one.to_csv(folder / "labels.csv", index=False)
+    benchmark = replace(open_benchmark(Config(), str(folder), signs="bmad_brain", findings=0), protocols=("image",))
+    experiment = open_experiment("t", "T", [benchmark], [0], str(tmp_path), paper="BrainMRI")
     long = pd.DataFrame([{"method": "fusion", "metric": "image/auroc", "value": 0.5}])
-    assert printed_table(1, question, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
+    assert printed_table(experiment, 1, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
 
 
-@pytest.mark.parametrize("method", ["winclip-plus", "fusion"])
-def test_without_a_cache_the_numbers_are_the_same(tmp_path, method):
-    config = Config(shots=1, epochs=1, batch_size=22, learning_rate=1e-3, augment="mvfa")
-    with_files, without = (answer(ask("t", config, [0], results=str(tmp_path / str(cache)), smoke=True, draws=5, levels="quarters", cache=cache), [method])[0] for cache in (True, False))
-    assert with_files["identity"] == without["identity"] and with_files["drawn"] == without["drawn"]
-    for level in ("image", "pixel", "inside"):
-        for name in ("auroc", "ap"): assert with_files["metrics"][level][name] == pytest.approx(without["metrics"][level][name], abs=2e-3)
-    np.testing.assert_allclose(with_files["outputs"]["scores"], without["outputs"]["scores"], rtol=1e-2, atol=1e-3)
-
-
-def without_masks(folder):
-    "Copy the small demo without its masks and boxes."
-    study = prepare_study(Config(), "demo", 5, small=True)
-    shutil.copytree(study.dataset.folder, folder)
-    shutil.rmtree(folder / "masks")
-    (folder / "boxes.csv").unlink()
-    table = pd.read_csv(folder / "labels.csv").drop(columns="mask")
-    table.to_csv(folder / "labels.csv", index=False)
-    return table
-
-
-def test_data_without_masks_is_refused_or_judged_by_images_alone(tmp_path):
-    without_masks(tmp_path / "plain")
-    with pytest.raises(ValueError, match="plain has no mask .* set pixels to False"): prepare_questions(Config(shots=2), str(tmp_path / "plain"), 5)
-    [study] = prepare_questions(Config(shots=2, epochs=1, batch_size=4, learning_rate=1e-3), str(tmp_path / "plain"), 5, pixels=False)
-    record = run_anomaly_method(study, "mvfa", 0, tmp_path / "runs", pixels=False, draws=10)
-    assert set(record["metrics"]) == {"image"} and 0 <= record["metrics"]["image"]["auroc"] <= 1 and record["outputs"]["maps"] == {}
-
-
-def test_one_finding_is_sent_to_table1_and_one_kind_of_image_is_refused(tmp_path):
-    table = without_masks(tmp_path / "single")
-    names = [name for name in table if name not in ("image", "patient", "split")]
-    table.drop(columns=names[1:]).to_csv(tmp_path / "single" / "labels.csv", index=False)
-    with pytest.raises(ValueError, match="has one finding, .*run_table1"): prepare_study(Config(), str(tmp_path / "single"), 5, "fastmri_plus", findings=2)
-    ill = table[table[names].any(axis=1)]
-    ill.to_csv(tmp_path / "single" / "labels.csv", index=False)
-    with pytest.raises(ValueError, match="all .* are abnormal"):
-        prepare_questions(Config(shots=1, normal_shots=0), str(tmp_path / "single"), 5, "fastmri_plus", pixels=False)
+@pytest.mark.parametrize("name", ["idrid_codras", "openms_flair", "nih1000_64px"])
+def test_real_images_go_through(name, tmp_path, monkeypatch):
+    "Real labels and pixels; one step of training, because this tests the way and not the score."
+    if not (REAL / name / "labels.csv").is_file(): pytest.skip(f"{REAL / name} is not there: set SDMAD_REAL_DATA")
+    monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
+    config = Config(epochs=1, split_level="image" if name == "openms_flair" else "patient")
+    benchmark = open_benchmark(config, str(REAL / name))
+    for record in run_all([benchmark], ["nothing", "sd-mad"], [0], tmp_path / "results"):
+        metrics, tested = record["metrics"], len(record["split"]["test"])
+        assert list(metrics["findings"]["auroc"]) == list(benchmark.dataset.categories)
+        for value, count in zip(metrics["findings"]["auroc"].values(), record["split"]["positives"]):
+            assert 0 <= value <= 1 if 0 < count < tested else math.isnan(value)
+        assert record["method"] == "sd-mad" or set(metrics["findings"]["auroc"].values()) == {0.5}
 
 
 @pytest.mark.skipif(not (REAL / "openms_flair").is_dir(), reason="the real FLAIR images are not here")
 def test_real_masks_one_patient_held_out_at_a_time(tmp_path):
-    studies = prepare_questions(Config(shots=2, epochs=2, batch_size=8, learning_rate=1e-3), str(REAL / "openms_flair"), 5, each_patient=True)
-    assert [study.dataset.name for study in studies] == [f"openms_flair-patient{number}" for number in ("07", "19", "26")]
-    records = {name: [run_anomaly_method(study, name, 0, tmp_path, draws=10) for study in studies] for name in ("brightness", "memory-bank", "sd-mad-mvfa")}
-    for record in records["brightness"]:
+    opened = open_benchmark(Config(shots=2), str(REAL / "openms_flair"), findings=0)
+    benchmarks = each_patient(replace(opened, protocols=("image", "pixels"), draws=10))
+    records = run_all(benchmarks, ["brightness", "memory-bank"], [0], tmp_path)
+    for record in records:
         patient = record["data"].split("-")[1].removeprefix("patient")
-        assert all(f"p{patient}_" in name for name in record["split"]["test"]) and not any(f"p{patient}_" in name for name in record["split"]["train"])
-    mean = lambda name, level: np.mean([record["metrics"][level]["auroc"] for record in records[name]])
-    assert mean("brightness", "pixel") > 0.9 and mean("brightness", "pixel") > mean("brightness", "inside") + 0.02, "background counts as easy negatives"
-    assert all(0.5 < mean(name, "pixel") < 1 for name in records)
+        assert all(f"p{patient}_" in name for name in record["split"]["test"])
+        assert not any(f"p{patient}_" in name for name in record["split"]["train"])
+    mean = lambda name, level: np.mean([record["metrics"][level]["auroc"] for record in records if record["method"] == name])
+    assert mean("brightness", "pixel") > max(0.9, mean("brightness", "inside") + 0.02), "background counts as easy negatives"
+    long = long_table(open_experiment("t", "T", benchmarks, [0], str(tmp_path)), records)
+    assert set(long.dataset) == {f"openms_flair-patient{number}" for number in ("07", "19", "26")}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_runs_every_notebook_of_both_papers():
+    commands = {name: run("make", "-n", "-o", f"{BIN.parent}/.installed", name, f"VENV={BIN.parent}", "SMOKE=True",
+                          "RESULTS=there").stdout for name in ("tables", "fusion")}
+    named = [re.search(r"run_fusion_(\w+)", commands["fusion"])[1],
+             *re.search(r"printf '%s\\n' (.*) \|", commands["fusion"])[1].split()]
+    there = [path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")]
+    assert sorted(named) == sorted(there) and all("-p smoke True -p results there" in text for text in commands.values())
+    assert set(re.findall(r"run_(\w+)\.ipynb", commands["tables"])) == {"table1", "table2", "table3", "fig3", "fig4"}
