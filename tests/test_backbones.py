@@ -6,6 +6,7 @@ import json
 import math
 import time
 import zipfile
+from dataclasses import replace
 
 import huggingface_hub
 import numpy as np
@@ -17,11 +18,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from sdmad_nb.core.adapters import make_adapters
-from sdmad_nb.core.clip import (encode_prompts, freeze, frozen_tokens, image_features, load_backbone, resize_input,
-                               run_blocks, text_features)
+from sdmad_nb.core.clip import Features, encode_prompts, freeze_clip, image_features, run_blocks, text_features
 from sdmad_nb.core.config import Config, resolve_layers, torch_generator
+from sdmad_nb.core.detector import AdaptedDetector, Support, load, predict, save
 from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts
-from sdmad_nb.core.detector import embed, fit, judge, load, save
+from sdmad_nb.data.backbones import load_clip, resize_input
+from sdmad_nb.data.images import ImageFiles
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 LABELS = torch.eye(2)
@@ -62,43 +64,40 @@ def write_images(folder):  # two files
     return files
 
 
-def check_caches(backbone, files, store, bank, first):
+def check_caches(clip, files, features, first):
     "Compare what was kept on disk with open_clip's own encoders."
-    still = make_adapters(backbone, Config(lam=1.0))
+    still = make_adapters(clip, Config(lam=1.0))
     with torch.no_grad():
-        pixels = torch.stack([backbone.preprocess(Image.open(file)) for file in files])
-        clip = F.normalize(backbone.model.encode_image(pixels), dim=-1)
-        torch.testing.assert_close(image_features(backbone, store[[0, 1]], first, still.image), clip, rtol=0, atol=0)
-        groups = [backbone.tokenizer(list(group)) for group in (*sign_prompts(SIGNS), normal_prompts(SIGNS))]
-        means = F.normalize(torch.stack([F.normalize(backbone.model.encode_text(ids), dim=-1).mean(0)
-                                         for ids in groups]), dim=-1)
-        sign_features, anchor = text_features(backbone, bank, still.text)
+        pixels = torch.stack([clip.preprocess(Image.open(file)) for file in files])
+        whole = F.normalize(clip.model.encode_image(pixels), dim=-1)
+        torch.testing.assert_close(image_features(clip, features.tokens(first), first, still.image), whole, rtol=0, atol=0)
+        groups = [clip.tokenizer(list(group)) for group in (*sign_prompts(SIGNS), normal_prompts(SIGNS))]
+        means = F.normalize(torch.stack([F.normalize(clip.model.encode_text(ids), dim=-1).mean(0) for ids in groups]), dim=-1)
+        sign_features, anchor = text_features(clip, encode_prompts(clip, SIGNS), still.text)
     # not to the last bit: here each sign is a batch of its own, and its mean is summed in another order
     torch.testing.assert_close(torch.cat([sign_features, anchor[None]]), means, rtol=1e-4, atol=1e-5)
 
 
-def check_whole_method(backbone, layers, folder):
-    "Fill the caches, take one training step, judge; check what each may and may not do."
-    assert resolve_layers("quarters", backbone.depth) == layers
-    files = write_images(folder)
-    store = frozen_tokens(backbone, files, layers[0], folder / "cache")
-    bank = encode_prompts(backbone, SIGNS, folder / "cache")
-    check_caches(backbone, files, store, bank, layers[0])
-    fitted = fit(backbone, store[[0, 1]], LABELS, SIGNS, bank, Config(epochs=1))
+def check_whole_method(loaded, layers, folder):  # the fitted detector
+    "Fill the cache, take one training step, predict; check what each may and may not do."
+    assert resolve_layers("quarters", loaded.depth) == layers
+    clip, files = replace(loaded, cache=folder / "cache"), write_images(folder)
+    features = Features(clip, ImageFiles(files))
+    check_caches(clip, files, features, layers[0])
+    fitted = AdaptedDetector.fit(Support(features, LABELS), clip, SIGNS, Config(epochs=1))
     assert tuple(fitted.adapters.image) == layers and math.isfinite(fitted.history[0])
     assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in fitted.adapters.parameters())
-    assert all(weight.grad is None and not weight.requires_grad for weight in backbone.model.parameters())
-    again = freeze(backbone.name, backbone.model, backbone.tokenizer)
-    assert again.fingerprint == backbone.fingerprint, "a weight of CLIP has changed"
-    outputs = judge(fitted, embed(fitted, store, [1]))
-    assert outputs.scores.shape == (1, 2) and outputs.scores.isfinite().all()
+    assert all(weight.grad is None and not weight.requires_grad for weight in clip.model.parameters())
+    again = freeze_clip(clip.name, clip.model, clip.tokenizer)
+    assert again.fingerprint == clip.fingerprint, "a weight of CLIP has changed"
+    said = predict(fitted, features[[1]])
+    assert said.scores.shape == (1, 2) and said.scores.isfinite().all() and said.finding_maps.shape[1] == 2
     return fitted
 
 
 ARCHITECTURES = {  # name: image size, depth, widths of image and text blocks, joint width, patches to a side, layers
     "ViT-B-16-quickgelu": (224, 12, 768, 512, 512, 14, (3, 6, 9, 12)),
     "ViT-L-14-quickgelu": (240, 24, 1024, 768, 768, 17, (6, 12, 18, 24)),
-    "ViT-L-14-336-quickgelu": (240, 24, 1024, 768, 768, 17, (6, 12, 18, 24)),
 }
 
 
@@ -108,7 +107,7 @@ def test_openai_architecture(name, tmp_path):
     size, depth, width, text_width, joint, side, layers = ARCHITECTURES[name]
     path = tmp_path / ("weights.pt" if depth == 12 else "weights.safetensors")
     state = write_checkpoint(name, path)
-    backbone = load_backbone(name, str(path), size)
+    backbone = load_clip(name, str(path), size)
     path.unlink()
     visual, stored = backbone.model.visual, state["visual.positional_embedding"].float()
     assert (backbone.image_size, backbone.depth, backbone.image.grid) == (size, depth, (side, side))
@@ -154,20 +153,20 @@ def test_biomedclip_architecture(tmp_path):
     folder = tmp_path / "biomedclip"
     write_biomedclip(folder)
     with pytest.raises(ValueError, match="local-dir:.* cannot be loaded .*weights.*could not be loaded"):
-        load_backbone(f"local-dir:{folder}")
+        load_clip(f"local-dir:{folder}")
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     config["text_cfg"]["hf_model_pretrained"] = False
     with torch.device("meta"): model = open_clip.model.CustomTextCLIP(**config)
     save_file(made_up(model.state_dict()), folder / "open_clip_model.safetensors")
-    backbone = load_backbone(f"local-dir:{folder}")
+    backbone = load_clip(f"local-dir:{folder}")
     assert (backbone.image_size, backbone.depth, backbone.image.grid) == (224, 12, (14, 14))
     assert (backbone.image.width, backbone.text.width) == (768, 768)
-    assert type(backbone.image).__name__ == "TimmImageTower" and type(backbone.text).__name__ == "HuggingFaceTextTower"
+    assert type(backbone.image).__name__ == "_TimmImageTower" and type(backbone.text).__name__ == "_HuggingFaceTextTower"
     assert backbone.preprocess.transforms[-1].mean == [0.48, 0.46, 0.41], "its own normalisation"
     assert backbone.tokenizer(["a brain"]).shape == (1, 256)
     check_whole_method(backbone, (3, 6, 9, 12), tmp_path)
     resize_input(backbone.model, 240)
-    larger = freeze(backbone.name, backbone.model, backbone.tokenizer)
+    larger = freeze_clip(backbone.name, backbone.model, backbone.tokenizer)
     assert larger.image.grid == (15, 15) and larger.fingerprint != backbone.fingerprint
     with torch.no_grad():
         images = torch.rand(1, 3, 240, 240, generator=torch_generator(0, "images"))
@@ -195,18 +194,17 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("image_size", [0, 75])
 def test_another_width_depth_and_patch_size(image_size, tiny, tmp_path):
     "Nothing of the demo's shape is assumed, from the pixels to a saved detector."
-    backbone = load_backbone("tiny-quickgelu", tiny / "tiny-quickgelu.safetensors", image_size)
+    backbone = load_clip("tiny-quickgelu", tiny / "tiny-quickgelu.safetensors", image_size)
     side = (image_size or 64) // 8
     assert (backbone.depth, backbone.image.width, backbone.image.grid) == (6, 96, (side, side))
     fitted = check_whole_method(backbone, (2, 3, 4, 6), tmp_path)
     assert fitted.adapters.image[2].down.weight.shape == (72, 96) and fitted.adapters.text.up.weight.shape == (48, 36)
-    store = frozen_tokens(backbone, write_images(tmp_path), 2, tmp_path / "cache")
-    trained = fit(backbone, store[[0, 1]], LABELS, SIGNS, encode_prompts(backbone, SIGNS), Config(epochs=20))
+    features = Features(backbone, ImageFiles(write_images(tmp_path)))
+    trained = AdaptedDetector.fit(Support(features, LABELS), backbone, SIGNS, Config(epochs=20))
     assert trained.history[-1] < trained.history[0]
-    again = load(save(trained, tmp_path / "detector.safetensors"), backbone)
-    ours, theirs = judge(trained, embed(trained, store)), judge(again, embed(again, store))
-    torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=0)
-    assert torch.equal(ours.predictions, theirs.predictions)
+    again = load(save(trained, tmp_path / "detector.safetensors"), backbone, AdaptedDetector)
+    ours, theirs = predict(trained, features), predict(again, features)
+    assert torch.equal(ours.scores, theirs.scores) and torch.equal(ours.labels, theirs.labels)
 
 
 class Tree(torch.nn.Module):
@@ -239,8 +237,8 @@ def test_openai_archive(tiny, archive):
     "OpenAI's own files need QuickGELU, and load with it."
     path, state = archive
     with pytest.raises(ValueError, match="'tiny' lacks QuickGELU.*use backbone 'tiny-quickgelu'"):
-        load_backbone("tiny", path)
-    backbone = load_backbone("tiny-quickgelu", path, image_size=72)
+        load_clip("tiny", path)
+    backbone = load_clip("tiny-quickgelu", path, image_size=72)
     torch.testing.assert_close(backbone.model.visual.proj, state["visual.proj"].float(), rtol=0, atol=0)
     assert backbone.image.grid == (9, 9)
     refused(("tiny-wide", path), "tiny-wide", "archive.pt")
@@ -258,7 +256,7 @@ def test_quickgelu_of_published_weights():
 def refused(arguments, *says, kind=ValueError):  # the message
     "Check that a backbone is refused at once, in one sentence that says what it should."
     started = time.perf_counter()
-    with pytest.raises(kind) as caught: load_backbone(*arguments)
+    with pytest.raises(kind) as caught: load_clip(*arguments)
     message = str(caught.value)
     assert all(text in message for text in says), message
     assert "\n" not in message and not message.endswith(".") and ". " not in message, f"one sentence: {message}"
