@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'TipAdapter', 'TipAdapterF']
 
-# %% ../../nbs/methods/04_tip_adapter.ipynb #d8fbf3e1
+# %% ../../nbs/methods/04_tip_adapter.ipynb #31b71fda
 import torch
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ from ..core.signs import SignSet
 from .linear_probe import LogitDetector, above_normal
 from .registry import Method
 
-# %% ../../nbs/methods/04_tip_adapter.ipynb #da651103
+# %% ../../nbs/methods/04_tip_adapter.ipynb #81343588
 def _with_normal(labels):  # (K, C) 0/1 -> (K, C + 1), the last column 1 for normal images
     return torch.cat([labels.float(), 1 - labels.any(dim=1, keepdim=True).float()], dim=1)
 
@@ -32,7 +32,7 @@ def _look_up(
     affinity = torch.exp(-beta * (1 - images @ F.normalize(keys, dim=1).T))  # (B, K)
     return alpha * affinity @ _with_normal(labels)  # (B, C + 1)
 
-# %% ../../nbs/methods/04_tip_adapter.ipynb #8156fea3
+# %% ../../nbs/methods/04_tip_adapter.ipynb #a3fcbfca
 class TipAdapter(LogitDetector):
     "Look images up among the shots, beside reading the text. Zhang et al. 2022"
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
@@ -48,13 +48,13 @@ class TipAdapter(LogitDetector):
         return detector
 
     def _logits(self, images, keys):  # (B, D), (K, D) -> (B, C + 1), normal last
-        scores = category_scores(images, self.sign_features, self.signs.category.to(images.device))
-        text = self.clip.scale * torch.cat([scores, (images @ self.anchor)[:, None]], dim=1)
-        return text + _look_up(images, keys, self.values)
+        category, text = self.signs.category.to(images.device), torch.cat([self.sign_features, self.anchor[None]])
+        scores = category_scores(images, text, F.pad(category, (0, 1), value=len(self.signs.categories)))  # (B, C + 1)
+        return self.clip.scale * scores + _look_up(images, keys, self.values)
 
     def logits(self, features: Features) -> torch.Tensor: return self._logits(features.image_features(), self.keys)
 
-# %% ../../nbs/methods/04_tip_adapter.ipynb #4df88958
+# %% ../../nbs/methods/04_tip_adapter.ipynb #31c64c23
 class TipAdapterF(TipAdapter):
     "Train the keys of the look-up on the shots. Zhang et al. 2022, Section 3.3"
     @classmethod
@@ -69,7 +69,7 @@ class TipAdapterF(TipAdapter):
         detector.keys = keys.detach()
         return detector
 
-# %% ../../nbs/methods/04_tip_adapter.ipynb #287c01be
+# %% ../../nbs/methods/04_tip_adapter.ipynb #ecad522f
 _ROW = dict(gives=("anomaly", "scores", "labels"), group="frozen", tables=("table2", "table3"))
 METHODS = (
     Method("tip-adapter", "Tip-Adapter", TipAdapter, **_ROW),
