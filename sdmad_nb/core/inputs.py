@@ -13,12 +13,17 @@ from pathlib import Path
 from pydantic import ValidationError
 
 # %% ../../nbs/core/08_inputs.ipynb #1cf305f5
+def _line(fault):
+    if len(fault) > 600: fault = f"{fault[:400]} ... {fault[-200:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in fault)
+
 class InputError(ValueError):
     "Say in one message everything that is wrong with what a user gave."
     def __init__(self, message, faults=()):  # faults: sentences, each with place and remedy
-        self.faults = tuple(faults) or (message,)
-        more = [f"and {len(faults) - 100} more: correct these first"] if len(faults) > 100 else []
-        super().__init__((": " if len(faults) == 1 else "\n- ").join([message, *faults[:100], *more]))
+        lines = tuple(map(_line, faults))
+        self.faults = lines or (message,)
+        more = [f"and {len(lines) - 100} more: correct these first"] if len(lines) > 100 else []
+        super().__init__((": " if len(lines) == 1 else "\n- ").join([message, *lines[:100], *more]))
 
 # %% ../../nbs/core/08_inputs.ipynb #f9f4c42a
 _REMEDIES = {"missing": "add it", "unexpected_keyword_argument": "correct its name, or remove it",

@@ -77,7 +77,7 @@ class _SignFile:
     @model_validator(mode="after")
     def _chosen(self):
         if self.candidates and set(self.candidates) != set(self.signs):
-            raise ValueError(f"give candidates {list(self.candidates)} the categories of signs {list(self.signs)}")
+            raise ValueError(f"candidates {[*self.candidates]} and signs {[*self.signs]}: use the same categories")
         lost = [text for name, texts in self.candidates.items() for text in self.signs[name] if text not in texts]
         if lost: raise ValueError(f"signs has {lost[0]!r}, which is not among the candidates: add or correct it")
         return self

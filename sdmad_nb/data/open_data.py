@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['signs_file', 'open_data']
 
-# %% ../../nbs/data/03_0_open_data.ipynb #7d24ee63
+# %% ../../nbs/data/03_0_open_data.ipynb #bc36f5e7
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from .folder import RESERVED, read_dataset
 from .images import DataError
 from .phantom import SLICES, demo_folder, make_demo
 
-# %% ../../nbs/data/03_0_open_data.ipynb #7935fa17
+# %% ../../nbs/data/03_0_open_data.ipynb #1f127720
 def signs_file(
     folder,  # of the data set
     signs: str = "",  # name of a preset, or a file; empty looks in the folder
@@ -31,7 +31,7 @@ def signs_file(
     raise SignError(f"{folder} has no signs.json: write one (core/01_signs says how), or set signs to a file or "
                     f"to one of the presets {list(preset_names())}")
 
-# %% ../../nbs/data/03_0_open_data.ipynb #ad42c6ad
+# %% ../../nbs/data/03_0_open_data.ipynb #43b4676c
 def _open_demo(make, signs):  # function that makes the demo or finds it -> DataSet and SignSet
     folder = make()
     sign_set = read_signs(signs_file(folder, signs))
@@ -40,7 +40,7 @@ def _open_demo(make, signs):  # function that makes the demo or finds it -> Data
     shutil.rmtree(folder)
     return read_dataset(make(), sign_set), sign_set
 
-# %% ../../nbs/data/03_0_open_data.ipynb #20130be2
+# %% ../../nbs/data/03_0_open_data.ipynb #8347e87b
 def open_data(
     data: str = "demo",  # "demo" or a data-set folder
     slice: int = 5,  # of the demo: 0, 5 or 10
