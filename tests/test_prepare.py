@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(small, tmp_pa
     broken.write_bytes(whole[:2000])
     refused(capsys, broken.name, *small, tmp_path / "out")
     broken.write_bytes(whole)
-    for more, says in [(["--contrasts", "AXT2"], "AXT2"), (["--slices", 10], "no image has one of")]:
+    for more, says in [(["--contrasts", "AXT2"], "AXT2"), (["--slices", 10], "no image has a finding")]:
         refused(capsys, says, *small, tmp_path / "out", *more)
     for words, says in [([*own, "--plane", "top", "--size", 3], "size is 3"), (own, "no file ending in"),
                         ([*own, "--mask-column", "m"], "give --labels"), (["bmad", *own[1:]], "set kind to one of")]:

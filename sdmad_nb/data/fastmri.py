@@ -20,38 +20,32 @@ from .images import DataError
 from .pixels import reading, to_8bit
 from .writer import Preparation, Row, counts, digest, in_threads, read_table
 
-# %% ../../nbs/data/05_fastmri.ipynb #f30305ea
-_COLUMNS = ("file", "slice", "study_level", "x", "y", "width", "height", "label")
-_BOX = _COLUMNS[3:7]
+# %% ../../nbs/data/05_fastmri.ipynb #5b331a6c
+_BOX = ("x", "y", "width", "height")
+_RULES = {"file": (".+", "write the name of a volume"), "slice": (r"\d{1,4}", "write a whole number from 0 on"),
+          "study_level": ("Yes|No", "write Yes or No"), "label": (".+", "write a finding"),
+          **{column: (".*", "") for column in _BOX}}
 
 class Annotations(NamedTuple):
     "Hold what fastMRI+ says, without images."
-    rows: pd.DataFrame  # `_COLUMNS`; `label` without the prefix "Global label: ", numbers where there is a box
+    rows: pd.DataFrame  # columns `_RULES`; `label` without the prefix "Global label: ", numbers where there is a box
     volumes: tuple  # names of the reviewed volumes
 
-def _row_faults(rows, name):  # DataFrame of texts, file name -> sentences
-    sound = {"slice": rows.slice.str.fullmatch(r"\d{1,4}"), "study_level": rows.study_level.isin(["Yes", "No"]),
-             "label": rows.label != "", "file": rows.file != ""}
-    sound |= {column: (rows.study_level != "No") | np.isfinite(pd.to_numeric(rows[column], errors="coerce"))
-              for column in _BOX}
-    return [f"{name}, line {line + 2}: {column} is {rows[column][line]!r}: correct it or delete the line"
-            for column, holds in sound.items() for line in rows.index[~holds.astype(bool)]]
-
-# %% ../../nbs/data/05_fastmri.ipynb #5b331a6c
 def read_annotations(annotations, file_list) -> Annotations:  # DataError with all faults of both files
     "Read fastMRI+'s brain.csv and brain_file_list.csv, the labels and the list of reviewed volumes."
-    rows, names = read_table(annotations), read_table(file_list, header=False)[0]
-    if missing := [column for column in _COLUMNS if column not in rows]:
-        raise DataError(f"{annotations} has no column {', '.join(missing)}: is it fastMRI+'s brain.csv?")
-    names = tuple(dict.fromkeys(name.removesuffix(".h5") for name in names if name))
-    faults = _row_faults(rows, Path(annotations).name)
+    rows = read_table(annotations, _RULES)
+    level = rows.study_level == "Yes"
+    with reading(str(file_list), "is not UTF-8 text", "get it again"):
+        names = [name.removesuffix(".h5") for name in Path(file_list).read_text(encoding="utf-8-sig").split()]
+    numbers = rows[list(_BOX)].apply(pd.to_numeric, errors="coerce")
+    faults = [f"{line}: the box is {', '.join(rows.loc[line, list(_BOX)])}: write four numbers, or delete the line"
+              for line in rows.index[~level & ~np.isfinite(numbers).all(axis=1)]]
     faults += [f"{Path(file_list).name}: {name!r} is no name of a volume: is it fastMRI+'s brain_file_list.csv?"
                for name in names if len(name.split("_")) < 3]
     if faults: raise DataError("the annotations cannot be used", faults)
-    numbers = {column: pd.to_numeric(rows[column], errors="coerce") for column in _BOX}
     return Annotations(rows.assign(
-        file=rows.file.str.removesuffix(".h5"), slice=rows.slice.astype(int).where(rows.study_level == "No", 0),
-        label=rows.label.str.removeprefix("Global label: "), **numbers), names)
+        file=rows.file.str.removesuffix(".h5"), slice=rows.slice.astype(int).mask(level, 0),
+        label=rows.label.str.removeprefix("Global label: "), **numbers), tuple(dict.fromkeys(names)))
 
 # %% ../../nbs/data/05_fastmri.ipynb #f5aca3f1
 _NORMALS, _NO_FINDING = ("volumes", "slices", "none"), ("Normal for age",)

@@ -29,7 +29,7 @@ def to_8bit(values, limits=None) -> np.ndarray:  # (..., H, W) numbers -> uint8;
     scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-30)
     return (scaled.clip(0, 1) * 255).round().astype(np.uint8)
 
-# %% ../../nbs/data/03_pixels.ipynb #b344b544
+# %% ../../nbs/data/03_pixels.ipynb #cf74fcfb
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _picture_mask(path, size):  # (width, height) of the image -> (H, W) uint8, 
     found = (values.max(-1) if values.ndim == 3 else values) > (127 if kind == "JPEG" else 0)
     return np.where(found, 255, 0).astype(np.uint8)
 
-# %% ../../nbs/data/03_pixels.ipynb #17709702
+# %% ../../nbs/data/03_pixels.ipynb #d25ba3f2
 _ENDINGS = {"picture": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"), "nifti": (".nii", ".nii.gz"),
             "dicom": (".dcm", ".dicom", ".ima")}
 
@@ -201,7 +201,7 @@ def _kind(path):  # -> "picture", "nifti", "dicom", or "" where it is none of th
     if path.name.upper() == "DICOMDIR" or not path.is_file(): return ""
     with path.open("rb") as file: return "dicom" if file.read(132)[128:] == b"DICM" else ""
 
-# %% ../../nbs/data/03_pixels.ipynb #e21e66c5
+# %% ../../nbs/data/03_pixels.ipynb #ccfeafbd
 def find_images(images, endings=_ENDINGS["picture"]) -> list:  # sorted paths relative to the folder; DataError
     "List the files of a folder with some endings ('' = any); without endings, whatever `ImageReader` reads."
     if not Path(images).is_dir(): raise DataError(f"images {images} is no folder: give the folder with the images")
@@ -212,7 +212,7 @@ def find_images(images, endings=_ENDINGS["picture"]) -> list:  # sorted paths re
     if not found: raise DataError(f"images {images} has no file ending in {known}: is it the right folder?")
     return found
 
-# %% ../../nbs/data/03_pixels.ipynb #b93be181
+# %% ../../nbs/data/03_pixels.ipynb #ebb1c0f0
 class _FileInfo(NamedTuple):  # what the header of a file says
     kind: str  # picture, nifti or dicom; "" where it is none of these
     count: int = 1  # slices or frames
@@ -229,7 +229,7 @@ def _inspect(path, plane):  # -> _FileInfo; DataError
     with reading(f"image {path}", "is damaged", "export it again"):
         return _FileInfo(kind, int(header.get("NumberOfFrames") or 1), str(header.get("PatientID") or "").strip())
 
-# %% ../../nbs/data/03_pixels.ipynb #9372ba95
+# %% ../../nbs/data/03_pixels.ipynb #927dfeea
 class ImageReader:
     "Read pictures, DICOM and NIfTI as eight-bit images and masks."
     def __init__(self, options: PixelOptions = PixelOptions()):

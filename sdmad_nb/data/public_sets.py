@@ -117,19 +117,17 @@ def bmad_split(shot_list, dataset: DataSet, draw: int = 0) -> Split:  # DataErro
 # %% ../../nbs/data/06_public_sets.ipynb #f17950eb
 _CHEST_FINDINGS = ("atelectasis", "cardiomegaly", "consolidation", "edema", "effusion", "emphysema", "fibrosis",
                    "hernia", "infiltration", "mass", "nodule", "pleural_thickening", "pneumonia", "pneumothorax")
-_CHEST_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
+_CHEST_CELL = "(?i)no finding|" + "({0})(\\|({0}))*".format("|".join(_CHEST_FINDINGS))
+_CHEST_RULES = {"Image Index": (".+", "write the image's name"), "Patient ID": (".+", "write the patient's number"),
+                "Finding Labels": (_CHEST_CELL, f"use No Finding or {', '.join(_CHEST_FINDINGS)}, with | between")}
 
 def _chest_table(labels):  # -> {image: (patient, findings)}; DataError
-    table, name = read_table(labels), Path(labels).name
-    if missing := [column for column in _CHEST_COLUMNS if column not in table]:
-        raise DataError(f"{labels} has no column {', '.join(missing)}: is it Data_Entry_2017.csv?")
-    images, texts, patients = (table[column] for column in _CHEST_COLUMNS)
-    found = [tuple(finding for finding in text.lower().split("|") if finding != "no finding") for text in texts]
-    faults = [f"{name}, line {i + 2}: finding {finding!r} is none of {', '.join(_CHEST_FINDINGS)}"
-              for i, names in enumerate(found) for finding in names if finding not in _CHEST_FINDINGS]
-    faults += [f"{name}: image {image!r} is listed twice" for image in images[images.duplicated()]]
-    if faults: raise DataError(f"{labels} cannot be used", faults)
-    return dict(zip(images, zip(patients, found)))
+    table = read_table(labels, _CHEST_RULES)
+    images, patients, texts = table["Image Index"], table["Patient ID"], table["Finding Labels"].str.lower()
+    if twice := [f"{line}: image {image!r} is listed twice" for line, image in images[images.duplicated()].items()]:
+        raise DataError(f"{labels} cannot be used: delete lines", twice)
+    return {image: (patient, () if text == "no finding" else tuple(text.split("|")))
+            for image, patient, text in zip(images, patients, texts)}
 
 # %% ../../nbs/data/06_public_sets.ipynb #4fd7511b
 def chestxray14(

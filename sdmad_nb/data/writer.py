@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ def in_threads(work, items: list, title: str) -> list:  # results; where `work` 
     threads = Parallel(min(8, os.cpu_count() or 1), prefer="threads", return_as="generator")
     return list(tqdm(threads(map(delayed(attempt), items)), title, len(items), delay=2))
 
-# %% ../../nbs/data/04_writer.ipynb #0b09dc75
+# %% ../../nbs/data/04_writer.ipynb #9c85e6c7
 def _store_all(folder, rows):  # -> [(Row, Checked)], {reason: sentences}
     kept, broken, unusable = [], [], []
     for row, found in zip(rows, in_threads(partial(_store, folder), rows, f"writing {folder.name}")):
@@ -79,7 +80,7 @@ def _store_all(folder, rows):  # -> [(Row, Checked)], {reason: sentences}
 def _learnable(folder, rows, categories, hint=""):  # -> categories that some image has; DataError
     had = [name for name in categories if any(name in row.findings for row in rows)]
     if not had:
-        raise DataError(f"{folder}: no image has one of {', '.join(categories)}: are these the right images?"
+        raise DataError(f"{folder}: no image has a finding ({', '.join(categories)}): are these the right images?"
                         + (f" One that was left out: {hint}" if hint else ""))
     if common := [name for name in had if all(name in row.findings for row in rows)]:
         raise DataError(f"{folder}: every image has {common[0]!r}: add images without it, such as normal ones")
@@ -147,7 +148,7 @@ def _changes(before, now, finished):  # settings -> sentences
     return [_HASHED.get(key, f"{key} was {before.get(key)!r} and is {now.get(key)!r}")
             for key in keys if finished or key not in ("labels", "files", "signs")]
 
-# %% ../../nbs/data/04_writer.ipynb #35055e1d
+# %% ../../nbs/data/04_writer.ipynb #39ba2bc7
 def _check_place(out, images):  # DataError where the target cannot be `out`
     if out.exists() and not out.is_dir(): raise DataError(f"out {out} is a file: choose another --out")
     if not images.exists(): raise DataError(f"images {images} does not exist: give the folder with the images")
@@ -247,19 +248,31 @@ def write(
     return _finish(self.out, rows, had, signs, {"state": "finished", "settings": self.record["settings"],
                                                 "counts": counts(rows, had), "left_out": left_out})
 
-# %% ../../nbs/data/04_writer.ipynb #80f4f47a
-def read_table(path, header=True) -> pd.DataFrame:  # stripped texts; without a header the first line is a row
-    "Read a table of labels in UTF-8, separated by commas, semicolons or tabs, as its first line says."
-    with reading(str(path), "is not UTF-8 text", "save it as 'CSV UTF-8'"):
-        text = Path(path).read_bytes().decode("utf-8-sig")
+# %% ../../nbs/data/04_writer.ipynb #486e5bee
+def _read_cells(path):  # CSV in UTF-8, separated as its first line says -> lists of stripped texts; DataError
+    with reading(str(path), "is not UTF-8 text", "save it as 'CSV UTF-8'"): text = path.read_bytes().decode("utf-8-sig")
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     with reading(str(path), "is no table", "check its quotes"):
-        cells = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows = [[cell.strip() for cell in row] for row in cells]
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     if not rows or not rows[0]: raise DataError(f"{path} is no table: its first line is empty")
-    width = len(rows[0])  # a delimiter at the end of a line does no harm, and an empty line keeps its number
-    if odd := [f"line {number}: {len(row)} cells under {width} columns" for number, row in enumerate(rows, 1)
-               if row and (len(row) < width or any(row[width:]))]:
-        raise DataError(f"{path}: add or delete cells", odd)
-    rows = [row[:width] or [""] * width for row in rows]
-    return pd.DataFrame(rows[1:], columns=rows[0], dtype=str) if header else pd.DataFrame(rows, dtype=str)
+    return [[cell.strip() for cell in row] for row in rows]
+
+def read_table(
+    path,  # CSV in UTF-8, separated by commas, semicolons or tabs
+    rules: dict,  # {column: (regular expression that a whole cell matches, remedy)}
+) -> pd.DataFrame:  # texts, indexed by "my.csv, line 2"; DataError with all faults
+    "Read a table of labels and check the columns that are needed."
+    header, *rows = _read_cells(path := Path(path))
+    if lost := [column for column in rules if column not in header]:
+        raise DataError(f"{path} has the columns {', '.join(header)}, not {', '.join(lost)}: correct the names")
+    if twice := [column for column in rules if header.count(column) > 1]:
+        raise DataError(f"{path} has the column {twice[0]!r} twice: rename one")
+    lines, width = {f"{path.name}, line {number}": row for number, row in enumerate(rows, 2) if any(row)}, len(header)
+    faults = [f"{line}: {len(row)} cells under {width} columns: add or delete cells" for line, row in lines.items()
+              if len(row) < width or any(row[width:])]  # a delimiter at the end of a line does no harm
+    if faults: raise DataError(f"{path} cannot be used", faults)
+    table = pd.DataFrame([row[:width] for row in lines.values()], lines, header, dtype=str)
+    faults = [f"{line}: {column} is {cell!r}: {remedy}" for column, (pattern, remedy) in rules.items()
+              for line, cell in table[column].items() if not re.fullmatch(pattern, cell)]
+    if faults: raise DataError(f"{path} cannot be used", faults)
+    return table
