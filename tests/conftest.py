@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent  # `papermill`, `nbdev_test`, ... of the environment that runs pytest
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
@@ -19,6 +21,13 @@ os.environ.setdefault("MPLBACKEND", "agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: each has its share of the cores, and threads of one do not wait for another's
     threads = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch():
+    "Leave torch's default number type as it was: notebooks share this process."
+    yield
+    if "torch" in sys.modules: sys.modules["torch"].set_default_dtype(sys.modules["torch"].float32)
 
 
 def notebook_name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()  # such as tutorials/1_one_image

@@ -1,5 +1,6 @@
-"Make README.md from nbs/index.ipynb: `make readme`."
+"Make README.md from nbs/index.ipynb, and its picture from nbs/00_overview.ipynb: `make readme`."
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import nbformat
@@ -30,5 +31,13 @@ def readme():  # ValueError for an output that is a picture
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def picture():  # PNG bytes
+    "Return the figure of the method, as the overview has drawn it."
+    book = nbformat.read(ROOT / "nbs" / "00_overview.ipynb", as_version=4)
+    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+    return b64decode(next(output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})))
+
+
 if __name__ == "__main__":
+    (ROOT / "nbs" / "figures" / "overview.png").write_bytes(picture())
     (ROOT / "README.md").write_text(readme(), encoding="utf-8")

@@ -7,7 +7,7 @@ from configparser import ConfigParser
 
 import pytest
 from conftest import ROOT, run
-from readme import readme
+from readme import picture, readme
 
 config = ConfigParser(delimiters=["="])
 config.read(ROOT / "settings.ini", encoding="utf-8")
@@ -45,7 +45,7 @@ def test_every_import_is_a_requirement():
         files = importlib.metadata.files(re.split(r"[<>=!~\[]", requirement)[0]) or []
         known |= {file.parts[0].removesuffix(".py") for file in files}
     missing = set()
-    for module in (ROOT / "sdmad_nb").glob("*.py"):
+    for module in (ROOT / "sdmad_nb").rglob("*.py"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -55,13 +55,15 @@ def test_every_import_is_a_requirement():
 
 def test_progress_bars_are_text():
     "Bars of `tqdm.auto` become widgets in a notebook: unreadable in a saved one, and papermill shows nothing of them."
-    users = [module.name for module in (ROOT / "sdmad_nb").glob("*.py")
+    users = [module.name for module in (ROOT / "sdmad_nb").rglob("*.py")
              if re.search(r"tqdm\.(auto|notebook|autonotebook)", module.read_text(encoding="utf-8"))]
     assert not users, f"write `from tqdm import tqdm` in {users}"
 
 
 def test_readme_is_made_from_the_index():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run make readme"
+    assert (ROOT / "nbs" / "figures" / "overview.png").read_bytes() == picture(), "run make readme"
+    assert len(readme().splitlines()) <= 130, "the README is what a person reads first: results have a page of their own"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "data_links.md", "CHANGELOG.md"])
