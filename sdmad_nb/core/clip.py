@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
@@ -307,17 +308,24 @@ class Features:
         mean, std = (torch.tensor(part, device=self.clip.device)[:, None, None] for part in (norm.mean, norm.std))
         return (self.pixels() * std + mean).clamp(0, 1)
 
-    def tokens(self, block: int): return self.levels([block])[:, 0]  # (B, N, W) after that block
+# %% ../../nbs/core/02_clip.ipynb #52dfb745
+@patch
+def frozen(self: Features, names, compute) -> torch.Tensor:  # (B, len(names), ...), see below
+    return _frozen(self, list(names), compute)
 
-    def levels(self, blocks):  # L increasing block numbers or a preset's name -> (B, L, N, W), in one pass
-        blocks = resolve_layers(blocks, self.clip.depth)
-        return self.frozen([f"block{number}" for number in blocks], partial(_token_levels, self.clip, blocks=blocks))
+@patch
+def levels(self: Features, blocks) -> torch.Tensor:  # L increasing block numbers or a preset's name -> (B, L, N, W)
+    blocks = resolve_layers(blocks, self.clip.depth)
+    return self.frozen([f"block{number}" for number in blocks], partial(_token_levels, self.clip, blocks=blocks))
 
-    def image_features(self):  # (B, D) unit norm, of the frozen CLIP
-        finish = lambda pixels: image_features(self.clip, self.clip.image.stem(pixels), 0)
-        return self.frozen(["image"], lambda pixels: finish(pixels)[:, None])[:, 0]
+@patch
+def tokens(self: Features, block: int) -> torch.Tensor:  # (B, N, W) after that block
+    return self.levels([block])[:, 0]
 
-    def frozen(self, names, compute): return _frozen(self, list(names), compute)  # (B, len(names), ...), see below
+@patch
+def image_features(self: Features) -> torch.Tensor:  # (B, D) unit norm, of the frozen CLIP
+    finish = lambda pixels: image_features(self.clip, self.clip.image.stem(pixels), 0)
+    return self.frozen(["image"], lambda pixels: finish(pixels)[:, None])[:, 0]
 
 # %% ../../nbs/core/02_clip.ipynb #45c44c1a
 def _token_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W). FusionCLIP-AD, Eq. (1)

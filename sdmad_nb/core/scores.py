@@ -48,7 +48,8 @@ def predict_categories(
     check_images(image_features, sign_features, anchor)
     highest = cosines.new_full((len(cosines), categories), float("inf"))
     least_similar = highest.scatter_reduce(1, category.expand_as(cosines), cosines, "amin")  # (B, C)
-    return least_similar > cosine_similarity(image_features, anchor)[:, None]
+    above = least_similar - cosine_similarity(image_features, anchor)[:, None]
+    return above > 10 * torch.finfo(above.dtype).eps  # a smaller difference is rounding, and a tie is no yes
 
 # %% ../../nbs/core/06_scores.ipynb #3333c127
 def sign_margins(

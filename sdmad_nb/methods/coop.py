@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.clip import Clip, Features, check_length, token_counts
 from ..core.config import Config, torch_generator
-from ..core.detector import Support, _check_support, train
+from ..core.detector import Support, check_support, train
 from ..core.signs import SignSet
 from .linear_probe import LogitDetector, above_normal
 from .registry import Method
@@ -126,7 +126,7 @@ class CoOp(LogitDetector):
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        _check_support(support, signs)
+        check_support(support, signs)
         detector = cls(clip, signs, replace(config, epochs=_coop_epochs(int(support.labels.sum(0).min()))))
         prompts = _name_prompts(clip, signs, cls.first_context(clip, signs, config))
         detector.history = _train_prompts(prompts, support, detector.config)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..core.clip import Clip, Features
 from ..core.config import Config
-from ..core.detector import Detector, Prediction, Support, _check_support
+from ..core.detector import Detector, Prediction, Support, check_support
 from ..core.signs import SignSet
 from .registry import Method
 
@@ -49,7 +49,7 @@ class LinearProbe(LogitDetector):
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        _check_support(support, signs)
+        check_support(support, signs)
         detector, shots = cls(clip, signs, config), support.features.image_features().cpu().numpy()
         fits = [_fit_probe(shots, column) for column in support.labels.bool().cpu().numpy().T]
         detector.weight, detector.bias = (torch.tensor(np.stack(part), dtype=torch.float32, device=clip.device)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.clip import Clip, Features, pixel_maps
 from ..core.config import Config, resolve_layers
-from ..core.detector import SignDetector, Support, _check_support, augmented, train
+from ..core.detector import SignDetector, Support, check_support, augmented, train
 from ..core.losses import inter_anomaly_loss
 from ..core.scores import category_margins
 from ..core.signs import SignSet
@@ -97,7 +97,7 @@ def loss(self: SignMapDetector, levels, shots: Support) -> torch.Tensor:  # (K, 
 @patch(cls_method=True)
 def fit(cls: SignMapDetector, support: Support, clip: Clip, signs: SignSet, config: Config):
     "Train FusionCLIP-AD's adapters with SD-MAD's signs on a few images."
-    _check_support(support, signs)
+    check_support(support, signs)
     detector, shots = cls(clip, signs, config).read_signs(), augmented(support, config.augment)
     if shots.masks is not None: shots = replace(shots, masks=(shots.masks >= 0.5).float())
     levels = shots.features.levels(detector.blocks)

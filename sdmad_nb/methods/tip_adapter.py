@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..core.clip import Clip, Features, encode_prompts, text_features
 from ..core.config import Config
-from ..core.detector import Support, _check_support, train
+from ..core.detector import Support, check_support, train
 from ..core.scores import category_scores
 from ..core.signs import SignSet
 from .linear_probe import LogitDetector, above_normal
@@ -41,7 +41,7 @@ class TipAdapter(LogitDetector):
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        _check_support(support, signs)
+        check_support(support, signs)
         detector = cls(clip, signs, config)
         with torch.no_grad(): detector.sign_features, detector.anchor = text_features(clip, encode_prompts(clip, signs))
         detector.keys, detector.values = support.features.image_features(), support.labels.to(clip.device)

@@ -11,7 +11,7 @@ import torch
 
 from ..core.clip import Clip, Features
 from ..core.config import Config
-from ..core.detector import Detector, Prediction, Support, _check_support
+from ..core.detector import Detector, Prediction, Support, check_support
 from ..core.signs import SignSet
 from .registry import Method
 
@@ -32,7 +32,7 @@ class ConstantDetector(Detector):
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        _check_support(support, signs)
+        check_support(support, signs)
         detector = cls(clip, signs, config)
         detector.answer = torch.from_numpy(best_constant(support.labels.cpu())).to(clip.device)
         return detector
