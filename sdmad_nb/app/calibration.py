@@ -6,13 +6,16 @@
 __all__ = ['left_out_margins', 'Calibration', 'calibrate', 'reliability', 'expected_calibration_error']
 
 # %% ../../nbs/app/00_calibration.ipynb #6a2bb12b
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
+from ..core.clip import Features
 from ..core.config import Config, numpy_generator
 from ..core.detector import Support
 from ..core.signs import SignSet
@@ -31,21 +34,22 @@ def left_out_margins(
     parts = np.array_split(numpy_generator(config.seed, "folds").permutation(count), min(folds or count, count))
     others = [np.setdiff1d(np.arange(count), rows) for rows in parts]
     _check(method, support, others)
-    for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False):
-        detector = method.fit(support[rest], support.features.clip, signs, config)
-        margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
+    with TemporaryDirectory() as folder:  # what is frozen is computed once for all fits
+        clip = replace(support.features.clip, cache=Path(folder))
+        support = replace(support, features=Features(clip, support.features.images, support.features.rows))
+        for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False):
+            detector = method.fit(support[rest], clip, signs, config)
+            margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
     return margins
 
 # %% ../../nbs/app/00_calibration.ipynb #5d2c8b21
 def _check(method, support, others):  # ValueError
     if "scores" not in method.gives:
-        raise ValueError(f"{method.title} gives no scores of single findings, and calibration needs them: "
-                         "choose another method, or leave sensitivity unset")
-    if len(support) < 2:
-        raise ValueError("one image cannot be left out of itself: calibration needs at least two labelled images")
+        raise ValueError(f"{method.title} gives no scores of findings to calibrate: leave sensitivity unset")
+    if len(support) < 2: raise ValueError("calibration leaves out images in turn: give at least two labelled images")
     if method.needs and any(len(support.abnormal[rows].unique()) < 2 for rows in others):
-        raise ValueError(f"{method.title} learns from normal and abnormal images, and calibration leaves out the only "
-                         "one of a kind: add another, or leave sensitivity unset")
+        raise ValueError(f"{method.title} needs normal and abnormal images, and calibration leaves out the only one "
+                         "of a kind: add another, or leave sensitivity unset")
 
 # %% ../../nbs/app/00_calibration.ipynb #6ae4a6c6
 def _threshold(margins, labels, sensitivity):  # (N, C) twice, share in (0, 1] -> yes where a margin is at least this
