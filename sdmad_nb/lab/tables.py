@@ -109,7 +109,7 @@ def compared_table(
     metrics: dict,  # metric -> what it is called
 ) -> pd.DataFrame:  # a row for each metric and pair: mean and std in points, n, wins, p_value, corrected
     "Show the differences between methods as a table to be read."
-    titles = long.drop_duplicates("method").set_index("method").title
+    titles = long.drop_duplicates("method").set_index("method").title.str.removeprefix("- ")
     compared = compare_methods(long[long.metric.isin(metrics)], pairs)
     names = [f"{titles[one]} - {titles[other]}" for one, other in zip(compared.method, compared.other)]
     compared = compared.assign(mean=100 * compared["mean"], std=100 * compared["std"],
