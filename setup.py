@@ -45,7 +45,8 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,
-    # papermill loads its engine at every start: see nbs/14_papermill.ipynb
-    entry_points={"papermill.engine": ["sdmad_nb = sdmad_nb.app.papermill_engine:engine"], "console_scripts": [settings["console_scripts"]]},
+    # papermill loads its engine at every start: see nbs/app/04_papermill_engine.ipynb
+    entry_points={"papermill.engine": ["sdmad_nb = sdmad_nb.app.papermill_engine:engine"],
+                  "console_scripts": [settings["console_scripts"]]},
     zip_safe=False,
 )

@@ -61,7 +61,7 @@ def test_twine_finds_no_fault(released):
 def test_the_description_links_to_the_repository(released):
     "What the checkout's README points at by a relative path is not beside it on a page of packages."
     text = metadata(released[1]).get_payload()
-    assert "(nbs/" not in text and f"]({SETTINGS['git_url']}/blob/{SETTINGS['branch']}/nbs/00_config.ipynb)" in text
+    assert "(nbs/" not in text and f"]({SETTINGS['git_url']}/blob/{SETTINGS['branch']}/nbs/00_overview.ipynb)" in text
     assert f"]({SETTINGS['git_url']}/raw/{SETTINGS['branch']}/nbs/figures/table2.png)" in text
 
 
@@ -101,7 +101,7 @@ def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
     "Import every module from the wheel, with the heavy dependencies borrowed from this environment, and read an asset."
     code = ("import importlib, pathlib, pkgutil, sdmad_nb\n"
             f"assert pathlib.Path(sdmad_nb.__file__).is_relative_to({str(installed_wheel)!r}), sdmad_nb.__file__\n"
-            "for module in pkgutil.iter_modules(sdmad_nb.__path__): importlib.import_module('sdmad_nb.' + module.name)\n"
+            "for module in pkgutil.walk_packages(sdmad_nb.__path__, 'sdmad_nb.'): importlib.import_module(module.name)\n"
             "from sdmad_nb.core.signs import preset_names, preset_path, read_signs\n"
             f"assert preset_path('fastmri_plus').is_relative_to({str(installed_wheel)!r})\n"
             "assert all(read_signs(preset_path(name)).texts for name in preset_names())\n"

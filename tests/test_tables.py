@@ -19,6 +19,7 @@ from sdmad_nb.core.config import Config
 from sdmad_nb.data.splits import draw_split
 from sdmad_nb.lab.benchmark import each_patient, open_benchmark, run_all
 from sdmad_nb.lab.experiment import long_table, open_experiment, printed_table
+from sdmad_nb.lab.tables import FINDING_METRICS, metric_table
 
 COMMAND = "run_table2.ipynb"
 
@@ -228,3 +229,18 @@ def test_make_runs_every_notebook_of_both_papers():
     there = [path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")]
     assert sorted(named) == sorted(there) and all("-p smoke True -p results there" in text for text in commands.values())
     assert set(re.findall(r"run_(\w+)\.ipynb", commands["tables"])) == {"table1", "table2", "table3", "fig3", "fig4"}
+
+
+def test_the_numbers_of_the_readme_are_those_of_a_fresh_run(tmp_path):
+    "Rows that take seconds, over all five draws: what the README shows is what the code gives, to the last digit shown."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| demo-slice5") or "mAP" in line]
+    shown = pd.DataFrame(lines[1:], columns=lines[0]).set_index("method")
+    experiment = open_experiment("table2", "Table 2", [open_benchmark(Config(shots=1))], [0, 1, 2, 3, 4], str(tmp_path))
+    records = experiment.run(["nothing", "constant-shots", "clip", "linear-probe"])
+    fresh = metric_table(long_table(experiment, records), FINDING_METRICS, rows=("title",))
+    assert list(fresh) == list(shown.columns[1:])
+    for title, row in fresh.iterrows():
+        for metric, cell in row.items():
+            pairs = zip(re.findall(r"[\d.]+", cell), re.findall(r"[\d.]+", shown.loc[title, metric]), strict=True)
+            assert all(abs(float(one) - float(other)) < 0.11 for one, other in pairs), (title, metric, cell, shown.loc[title, metric])

@@ -63,7 +63,7 @@ def metric_table(
     "Show methods against metrics."
     shown = long[long.metric.isin(metrics)]
     table = mean_std_table(shown.assign(metric=shown.metric.map(metrics)), rows=rows, columns="metric")
-    table = table[[name for name in metrics.values() if name in table]]
+    table = table[[name for name in metrics.values() if name in table]].rename_axis(index={"title": "method"})
     first = shown[shown.metric == next(iter(metrics))]
     return table.assign(n=first.groupby(list(rows), sort=False).value.count()) if count else table
 
