@@ -22,7 +22,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from ..core.signs import SignError, read_signs
-from .images import MIN_SIDE, DataError, decode, emptiness, load_mask, load_rgb, to_mask, to_rgb
+from .images import DataError, decode, emptiness, load_mask, to_mask, to_rgb
 
 # %% ../../nbs/data/00_folder.ipynb #ade4a77c
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,9 @@ def _sign_faults(folder, categories, signs):  # folder, C names, anything with .
     source = "signs.json" if signs is None else "the given signs"
     if signs is None:
         if not os.path.lexists(folder / source): return []
-        try: _read_inside(folder, source, source), (signs := read_signs(folder / source))
+        try:
+            _read_inside(folder, source, source)  # a link out of the folder, or a pipe
+            signs = read_signs(folder / source)
         except DataError as error: return [str(error)]
         except SignError as error: return [f"{source}: {fault}" for fault in error.faults]
     return [f"{source}: no signs for {category!r}: add a few phrases, or delete the column from labels.csv"
@@ -221,8 +223,8 @@ def _inspect(folder, signs, progress):  # -> DataSet or None where there are fau
     checked = _check_files(folder, table, progress)
     faults += _copies(table, checked) + [(line, text) for line, row in zip(table.index, checked) for text in row.faults]
     boxes = _box_faults(folder, {image: row.size for image, row in zip(table["image"], checked)}, categories)
-    said = _sentences("labels.csv", faults) + _sentences("boxes.csv", boxes) + _sign_faults(folder, categories, signs)
-    if said: return None, said
+    found = _sentences("labels.csv", faults) + _sentences("boxes.csv", boxes) + _sign_faults(folder, categories, signs)
+    if found: return None, found
     images, patients, split, masks = (tuple(table[name]) for name in RESERVED)
     labels = (table[categories] == "1").to_numpy(np.uint8)  # (N, C)
     content = hashlib.sha256("".join(row.content.hex() for row in checked).encode()).hexdigest()
@@ -267,10 +269,3 @@ def dataset_fingerprint(dataset: DataSet) -> str:  # 64 hexadecimal digits
     "Hash image names, patients, categories and labels."
     names = json.dumps([dataset.images, dataset.patients, dataset.categories])
     return hashlib.sha256(names.encode() + dataset.labels.tobytes()).hexdigest()
-
-# %% ../../nbs/data/00_folder.ipynb #2db2c5d5
-def __getattr__(name):  # until everybody imports these from `data.splits`
-    names = ("Split", "draw_split", "hold_out", "read_split", "write_split", "indices")
-    if name not in names: raise AttributeError(name)
-    from importlib import import_module
-    return getattr(import_module("sdmad_nb.data.splits"), name)

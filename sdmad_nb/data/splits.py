@@ -67,12 +67,12 @@ def _support(dataset, allowed, shots, normal_shots, seed):  # -> names; DataErro
 
 # %% ../../nbs/data/01_1_splits.ipynb #99e533e5
 def _test_names(dataset, train, level):  # names of the support -> names of the test set; DataError where it is empty
-    support = {dataset.patients[i] for i in indices(dataset, train)}
+    taken, support = set(train), {dataset.patients[i] for i in indices(dataset, train)}
     rows = zip(dataset.images, dataset.patients, dataset.split or ("test",) * len(dataset))
-    names = tuple(image for image, patient, part in rows if part == "test" and image not in train
+    names = tuple(image for image, patient, part in rows if part == "test" and image not in taken
                   and not (level == "patient" and patient in support))
     if names: return names
-    raise DataError(f"{dataset.name} has no image left to test on after {len(train)} shots of {len(support)} "
+    raise DataError(f"{dataset.name} has no image left to test on after {len(taken)} shots of {len(support)} "
                     "patients: use fewer shots, or level 'image'")
 
 # %% ../../nbs/data/01_1_splits.ipynb #bc60399c
