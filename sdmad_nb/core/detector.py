@@ -295,7 +295,7 @@ def load(
     detector, state = kind(clip, header["signs"], header["config"]), load_file(path)
     for name in dict(detector.named_buffers()).keys() & state.keys():
         owner, _, leaf = name.rpartition(".")
-        setattr(detector.get_submodule(owner), leaf, state[name].to(clip.device))
+        setattr(detector.get_submodule(owner), leaf, state[name].clone().to(clip.device))  # clone: aligned in memory
     try: detector.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} lacks weights, or has others than its configuration says "

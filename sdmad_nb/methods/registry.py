@@ -58,11 +58,11 @@ def find_methods() -> dict:  # name -> Method; ValueError where two have one nam
     "Collect the methods of every module in this folder."
     names = [module.name for module in iter_modules(import_module("sdmad_nb.methods").__path__)]
     modules = [import_module(f"sdmad_nb.methods.{name}") for name in names if name != "registry"]
-    found = [method for module in modules for method in getattr(module, "METHODS", ())]
+    offered = [module.METHODS for module in modules if hasattr(module, "METHODS")]
+    found = [method for methods in sorted(offered, key=lambda methods: methods[0].title.casefold()) for method in methods]
     twice = {method.name for method in found if sum(other.name == method.name for other in found) > 1}
     if twice: raise ValueError(f"more than one method is called {sorted(twice)[0]!r}: give each a name of its own")
-    place = lambda method: (_ORDER.index(method.group), method.title.casefold())
-    return {method.name: method for method in sorted(found, key=place)}
+    return {method.name: method for method in sorted(found, key=lambda method: _ORDER.index(method.group))}
 
 def find_method(name: str) -> Method:  # ValueError with the nearest name
     "Find a method by its name."
