@@ -137,6 +137,7 @@ def _read_picture(folder, kind, name):  # "image" or "mask", and its path or "" 
     except DataError as error: return b"", None, [str(error)]
     return data, picture, []
 
+# %% ../../nbs/data/00_folder.ipynb #cd80d3d5
 def check_row(folder, image, mask="") -> Checked:  # resolved folder, and paths inside it; no path, no file
     "Read the image and the mask of one row, and say what is wrong with them."
     data, picture, faults = _read_picture(folder, "image", image)
