@@ -7,26 +7,41 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import BIN, REAL, ROOT, run
 from PIL import Image
+from safetensors.torch import load_file, safe_open, save_file
 
-from sdmad_nb.core.config import Config
-from sdmad_nb.lab.experiments import open_data
-from sdmad_nb.app.sdmad import SDMAD
+from sdmad_nb import SDMAD, Config
+from sdmad_nb.app.command_line import shell
+from sdmad_nb.data.open_data import open_data
 
 SDMAD_COMMAND = str(BIN / "sdmad")
 
 
+def sdmad(*words):  # exit code, standard output and standard error, as of a process
+    "Run the command in this process, which has imported torch already."
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        code = shell([str(word) for word in words])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=errors.getvalue())
+
+
+def read_csv(text): return pd.read_csv(io.StringIO(text))
+
+
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    "Fit once, by the shell, on the small demo."
+    "Fit once, by the command itself, on the small demo."
     folder = tmp_path_factory.mktemp("tool")
     dataset, _ = open_data("demo", 5, small=True)
-    done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5", "--sensitivity", "0.8")
+    done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5",
+               "--sensitivity", "0.8")
     assert done.returncode == 0, done.stderr
     assert "learned Craniotomy" in done.stderr and done.stdout == ""
     return dataset, folder / "mine.safetensors"
@@ -34,45 +49,81 @@ def fitted(tmp_path_factory):
 
 def test_predict_writes_a_table_to_a_file_or_to_standard_output(fitted, tmp_path):
     dataset, model = fitted
-    done = run(SDMAD_COMMAND, "predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--heatmaps", tmp_path / "maps", "--batch-size", "7")
+    done = sdmad("predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--heatmaps", tmp_path / "maps",
+                 "--batch-size", "7")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "out.csv")
-    assert table.image.tolist() == list(dataset.images) and len(list((tmp_path / "maps").glob("*.png"))) == len(dataset)
+    assert table.image.tolist() == list(dataset.images)
+    assert len(list((tmp_path / "maps").glob("*.png"))) == len(dataset)
     assert table[list(dataset.categories)].isin([True, False]).all(axis=None) and np.isfinite(table.abnormal).all()
-    printed = run(SDMAD_COMMAND, "predict", model, *(dataset.path(i) for i in range(3)))
+    printed = run(SDMAD_COMMAND, "predict", model, *dataset.paths[:3])
     assert printed.returncode == 0 and printed.stdout.splitlines()[0].startswith("image,abnormal")
-    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(printed.stdout)).drop(columns="image"), table[:3].drop(columns="image"), atol=1e-5)
+    few = read_csv(printed.stdout).drop(columns="image")
+    pd.testing.assert_frame_equal(few, table[:3].drop(columns="image"), atol=1e-5)
+
+
+@pytest.mark.parametrize("method, decides", [("linear-probe", True), ("fusion", False)])
+def test_other_methods_are_fitted_used_and_tested_by_the_same_commands(fitted, tmp_path, method, decides):
+    dataset, _ = fitted
+    model = tmp_path / "other.safetensors"
+    done = sdmad("fit", dataset.folder, "--shots", "2", "--method", method, "-o", model, "--epochs", "5")
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    done = sdmad("predict", model, *dataset.paths[:3])
+    assert done.returncode == 0, done.stderr
+    table, maps = read_csv(done.stdout), tmp_path / "maps"
+    assert np.isfinite(table.abnormal).all() and ("Craniotomy" in table) == decides and "sign 1" not in table
+    done = sdmad("predict", model, *dataset.paths[:3], "-o", tmp_path / "out.csv", "--heatmaps", maps)
+    if decides: assert done.returncode == 1 and "Linear probe draws no maps" in done.stderr
+    else: assert done.returncode == 0 and len(list(maps.iterdir())) == 3, done.stderr
+    assert (tmp_path / "out.csv").exists() == (not decides)
+    done = sdmad("evaluate", model, dataset.folder)
+    metrics = read_csv(done.stdout).set_index("metric")
+    assert done.returncode == 0 and 0 <= metrics.value["abnormal AUROC"] <= 1
+    assert ("Hamming" in metrics.index) == decides
+    pd.testing.assert_frame_equal(metrics, SDMAD.load(model).evaluate(dataset.folder), atol=1e-4)
+    assert ("stands for each finding's" in done.stderr) == (not decides)
+
+
+def test_methods_are_listed(fitted):
+    done = sdmad("methods")
+    assert done.returncode == 0 and done.stdout.split()[:4] == ["name", "title", "gives", "needs"]
+    assert {"sd-mad", "linear-probe", "fusion"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    assert "oracle" not in done.stdout
+
+
+def test_maps_are_measured_where_they_are_asked_for(fitted):
+    dataset, model = fitted
+    done = sdmad("evaluate", model, dataset.folder, "--maps")
+    assert done.returncode == 0, done.stderr
+    assert {"pixel AUROC", "box IoU", "Hamming"} <= set(read_csv(done.stdout).metric)
 
 
 def test_calibrated_decisions_come_with_probabilities(fitted, tmp_path):
     dataset, model = fitted
-    done = run(SDMAD_COMMAND, "predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--rule", "calibrated")
+    done = sdmad("predict", model, dataset.folder, "-o", tmp_path / "out.csv", "--calibrated")
     assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "out.csv")
-    calibration = SDMAD.load(model).calibration
+    table, calibration = pd.read_csv(tmp_path / "out.csv"), SDMAD.load(model).calibration
     assert calibration.sensitivity == 0.8 and calibration.positives > 0
+    edge = calibration.probabilities(calibration.threshold)
     for name in dataset.categories:  # one threshold on the margin is one threshold on the probability
-        chance = 1 / (1 + np.exp(-(calibration.slope * calibration.threshold + calibration.intercept)))
-        far = (table[f"{name} probability"] - chance).abs() > 1e-4
-        assert (table[name] == (table[f"{name} probability"] >= chance))[far].all()
-    plain = tmp_path / "plain.safetensors"
-    SDMAD(SDMAD.load(model).detector).save(plain)
-    done = run(SDMAD_COMMAND, "predict", plain, dataset.path(0), "--rule", "calibrated")
+        far = (table[f"{name} probability"] - edge).abs() > 1e-4
+        assert (table[name] == (table[f"{name} probability"] >= edge))[far].all()
+    SDMAD(SDMAD.load(model).detector).save(tmp_path / "plain.safetensors")
+    done = sdmad("predict", tmp_path / "plain.safetensors", dataset.path(0), "--calibrated")
     assert done.returncode == 1 and "without calibration" in done.stderr and done.stdout == ""
 
 
 def test_images_of_every_size_and_mode_are_predicted_together(fitted, tmp_path):
     "And each as it would be alone: what is beside it in a batch does not matter."
     dataset, model = fitted
-    detector = SDMAD.load(model)
-    image = Image.open(dataset.path(0))
+    model, image = SDMAD.load(model), Image.open(dataset.path(0))
     image.convert("L").save(tmp_path / "grey.png"), image.convert("RGBA").save(tmp_path / "alpha.png")
     image.convert("P").save(tmp_path / "palette.png"), image.resize((90, 50)).save(tmp_path / "small.jpg")
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256).save(tmp_path / "deep.png")
-    together = detector.predict(tmp_path)
+    together = model.predict(tmp_path)
     assert len(together) == 5
     for name, row in together.set_index("image").iterrows():
-        assert np.isclose(detector.predict(tmp_path / name).abnormal[0], row.abnormal, atol=1e-5), name
+        assert np.isclose(model.predict(tmp_path / name).abnormal[0], row.abnormal, atol=1e-5), name
     same = together.set_index("image").abnormal
     assert np.allclose(same[["alpha.png", "palette.png", "deep.png"]], same["grey.png"], atol=0.02)
 
@@ -82,17 +133,18 @@ def test_other_findings_and_a_finding_without_signs_are_refused(fitted, tmp_path
     shutil.copytree(dataset.folder, tmp_path / "other")
     labels = (tmp_path / "other" / "labels.csv")
     labels.write_text(labels.read_text().replace("Craniotomy", "Crack", 1))
-    done = run(SDMAD_COMMAND, "evaluate", model, tmp_path / "other")
+    done = sdmad("evaluate", model, tmp_path / "other")
     assert done.returncode == 1 and "Crack" in done.stderr and "Traceback" not in done.stderr, done.stderr
-    done = run(SDMAD_COMMAND, "fit", tmp_path / "other", "-o", tmp_path / "x.safetensors", "--shots", "1")
-    assert done.returncode == 1 and "Crack" in done.stderr and "sign" in done.stderr and not (tmp_path / "x.safetensors").exists(), done.stderr
+    done = sdmad("fit", tmp_path / "other", "-o", tmp_path / "x.safetensors", "--shots", "1")
+    assert done.returncode == 1 and "Crack" in done.stderr and "sign" in done.stderr, done.stderr
+    assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_evaluate_says_what_the_object_says(fitted, tmp_path):
+def test_evaluate_says_what_the_object_says(fitted):
     dataset, model = fitted
-    done = run(SDMAD_COMMAND, "evaluate", model, dataset.folder)
+    done = sdmad("evaluate", model, dataset.folder)
     assert done.returncode == 0, done.stderr
-    shell, python = pd.read_csv(io.StringIO(done.stdout), index_col="metric"), SDMAD.load(model).evaluate(dataset.folder)
+    shell, python = read_csv(done.stdout).set_index("metric"), SDMAD.load(model).evaluate(dataset.folder)
     pd.testing.assert_frame_equal(shell, python, atol=1e-4)
 
 
@@ -104,13 +156,14 @@ def test_evaluate_says_what_the_object_says(fitted, tmp_path):
     (["predict", "MODEL", "EMPTY"], 1, "has no file ending in"),
     (["fit", "EMPTY", "-o", "x.safetensors"], 1, "is not a data-set folder"),
     (["fit", "demo", "-o", "no/folder/x.safetensors"], 1, "its folder does not exist"),
-    (["fit", "demo"], 2, "-o"), (["explode"], 2, "invalid choice"),
+    (["fit", "demo", "-o", "x.safetensors", "--method", "linear-prob"], 1, "did you mean 'linear-probe'?"),
+    (["fit", "demo"], 2, "-o"), (["explode"], 2, "No such command"),
 ])
 def test_what_is_wrong_is_said_in_a_sentence(fitted, tmp_path, words, code, says):
     dataset, model = fitted
     (tmp_path / "EMPTY").mkdir()
     known = {"MODEL": model, "IMAGE": dataset.path(0), "EMPTY": tmp_path / "EMPTY"}
-    done = run(SDMAD_COMMAND, *(known.get(word, word) for word in words))
+    done = sdmad(*(known.get(word, word) for word in words))
     assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""
 
@@ -120,40 +173,40 @@ def test_bad_images_are_skipped_only_when_asked_and_nothing_is_half_written(fitt
     (tmp_path / "torn.png").write_bytes(dataset.path(0).read_bytes()[:500])
     Image.new("RGBA", (50, 90), "white").save(tmp_path / "other.png")
     images, out = [dataset.path(0), tmp_path / "torn.png", tmp_path / "other.png"], tmp_path / "out.csv"
-    done = run(SDMAD_COMMAND, "predict", model, *images, "-o", out)
+    done = sdmad("predict", model, *images, "-o", out)
     assert done.returncode == 1 and "torn.png" in done.stderr and not out.exists()
-    done = run(SDMAD_COMMAND, "predict", model, *images, "-o", out, "--skip-bad")
+    done = sdmad("predict", model, *images, "-o", out, "--skip-bad")
     assert done.returncode == 3 and "skipped: image" in done.stderr and len(pd.read_csv(out)) == 2
 
 
 def test_interrupted_it_leaves_no_file(fitted, tmp_path):
     dataset, model = fitted
-    out = tmp_path / "out.csv"
-    many = [str(dataset.path(i % len(dataset))) for i in range(3000)]
-    process = subprocess.Popen([SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background is born deaf to Ctrl-C
+    out, many = tmp_path / "out.csv", [str(dataset.path(i % len(dataset))) for i in range(3000)]
+    command = [SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,  # a background job ignores Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not list(tmp_path.iterdir()) and process.poll() is None: time.sleep(0.05)  # until its temporary file is there
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130 and "stopped" in process.stderr.read()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_does_not_wait_for_torch():
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["prepare", "--help"]])
+def test_help_does_not_wait_for_torch(words):
     "Asked of the modules that were imported, not of a clock."
-    code = "import sys; from sdmad_nb.app.command_line import make_parser; make_parser().format_help(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "False", done.stderr
-    assert run(SDMAD_COMMAND, "prepare", "--help").returncode == 0
+    code = f"code = shell({words}); sys.exit(code or 'torch' in sys.modules)"
+    done = run(sys.executable, "-c", f"import sys; from sdmad_nb.app.command_line import shell; {code}")
+    assert done.returncode == 0 and "sdmad" in done.stdout, done.stderr
 
 
 def test_another_backbone_and_an_altered_file_are_refused(fitted, tmp_path):
-    from safetensors.torch import load_file, safe_open, save_file
     _, model = fitted
     with safe_open(model, "pt") as stored: header = json.loads(stored.metadata()["sdmad"])
     state, altered = load_file(model), tmp_path / "altered.safetensors"
     save_file(state, altered, {"sdmad": json.dumps({**header, "fingerprint": "0" * 16})})
     with pytest.raises(ValueError, match="was fitted on backbone 'demo'"): SDMAD.load(altered)
-    save_file({name: value for name, value in state.items() if "down" not in name}, altered, {"sdmad": json.dumps(header)})
+    rest = {name: value for name, value in state.items() if "down" not in name}
+    save_file(rest, altered, {"sdmad": json.dumps(header)})
     with pytest.raises(ValueError, match="altered.safetensors lacks weights"): SDMAD.load(altered)
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95" + os.urandom(200))
     with pytest.raises(ValueError, match="is not a detector"): SDMAD.load(tmp_path / "pickle.safetensors")
@@ -161,13 +214,11 @@ def test_another_backbone_and_an_altered_file_are_refused(fitted, tmp_path):
 
 def test_memory_stays_flat_over_many_images(fitted):
     "Twenty times the images: the peak of what Python allocates for them does not grow with their number."
-    import tracemalloc
-    dataset, model = fitted
-    from sdmad_nb.app.sdmad import stream_predictions
-    detector, peaks = SDMAD.load(model).detector, []
+    dataset, file = fitted
+    model, peaks = SDMAD.load(file), []
     for count in (8, 160):
         tracemalloc.start()
-        rows = sum(len(table) for table in stream_predictions(detector, [str(dataset.path(i % 8)) for i in range(count)], batch_size=8))
+        rows = sum(len(table) for table in model.stream([dataset.path(i % 8) for i in range(count)], batch_size=8))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert rows == count
@@ -177,7 +228,7 @@ def test_memory_stays_flat_over_many_images(fitted):
 @pytest.mark.skipif(not (REAL / "idrid_codras").is_dir(), reason="the real fundus images are not here")
 def test_five_lines_on_real_fundus_images(tmp_path):
     model = SDMAD.fit(REAL / "idrid_codras", shots=1, config=Config(epochs=2))
-    table = model.predict([REAL / "idrid_codras" / name for name in open_data(str(REAL / "idrid_codras"))[0].images[:3]])
-    model.explain(REAL / "idrid_codras" / table.image[0] if not os.path.isabs(table.image[0]) else table.image[0]).save(tmp_path / "why.png")
-    again = SDMAD.load(model.save(tmp_path / "fundus.safetensors"))
-    assert len(table) == 3 and again.categories == model.categories and (tmp_path / "why.png").stat().st_size > 1000
+    images = open_data(str(REAL / "idrid_codras"))[0].paths[:3]
+    assert len(model.predict(images)) == 3
+    assert model.explain(images[0]).save(tmp_path / "why.png").stat().st_size > 1000
+    assert SDMAD.load(model.save(tmp_path / "fundus.safetensors")).categories == model.categories
