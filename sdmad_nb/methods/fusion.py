@@ -124,7 +124,7 @@ class FusionDetector(MapDetector):
         with torch.no_grad(): fixed = prompts()
         return lambda: fixed, []
 
-# %% ../../nbs/methods/14_fusion.ipynb #064ac430
+# %% ../../nbs/methods/14_fusion.ipynb #cb2657e0
 @patch
 def logits(self: FusionDetector, levels, text) -> torch.Tensor:  # (B, L, N, W), `TextFeatures` -> (B, paths, L, P)
     features = self.adapters(*class_and_patches(self.clip, levels))
@@ -135,7 +135,7 @@ def loss(self: FusionDetector, levels, shots: Support, text: TextFeatures) -> to
     paths = self.logits(levels, text).unbind(1)
     return sum(weight * shot_loss(self.clip, path, shots) for weight, path in zip(self.weights, paths, strict=True))
 
-# %% ../../nbs/methods/14_fusion.ipynb #25a52539
+# %% ../../nbs/methods/14_fusion.ipynb #8dc72708
 @patch
 def memory_patches(self: FusionDetector, levels): return patches_of(self.clip, levels)  # (B, L, P, W)
 
@@ -148,7 +148,7 @@ def branches(self: FusionDetector, levels) -> tuple:  # text map, memory map, te
     return ((weights[:, None, None] * maps).sum(1), pixel_maps(self.clip, distance), chance @ weights,
             distance.mean(1))
 
-# %% ../../nbs/methods/14_fusion.ipynb #644cc146
+# %% ../../nbs/methods/14_fusion.ipynb #7fda1312
 def _row(name, title, *tables, **changes):
     return Method(name, title, FusionDetector, ("anomaly", "anomaly_map"), tables=("fusion", *tables),
                   changes=changes, needs=("both",))

@@ -93,3 +93,7 @@ def _bright_squares(count, seed=0, size=112):  # images (count, 3, H, H), labels
         y, x = torch.randint(size // 7, 4 * size // 7, (2,), generator=generator)
         masks[i, y:y + 24, x:x + 24] = labels[i]
     return images + 1.5 * masks[:, None], labels[:, None], masks
+
+def _contrast(maps, masks):  # (B, H, H), (B, H, H) 0/1 -> mean inside minus mean outside, over images with a mask
+    maps, masks = maps[masks.any((1, 2))], masks[masks.any((1, 2))]
+    return float((maps * masks).sum() / masks.sum() - (maps * (1 - masks)).sum() / (1 - masks).sum())

@@ -119,7 +119,7 @@ class ReleasedMvfaDetector(MvfaDetector):
         low, high = torch.stack(each).unbind(2)  # (batches, 4) each
         self.ranges = torch.stack([low.amin(0), high.amax(0)], dim=1)
 
-# %% ../../nbs/methods/13_mvfa.ipynb #0e29af95
+# %% ../../nbs/methods/13_mvfa.ipynb #4cf1decc
 @patch
 def optimise(self: ReleasedMvfaDetector, loss_of, parameters, count, finish) -> tuple:  # loss before each step
     "Train epoch by epoch, and keep the one that is best on the test set."
@@ -135,7 +135,7 @@ def optimise(self: ReleasedMvfaDetector, loss_of, parameters, count, finish) -> 
     if kept: self.load_state_dict(kept)
     return history
 
-# %% ../../nbs/methods/13_mvfa.ipynb #c44a6eb0
+# %% ../../nbs/methods/13_mvfa.ipynb #d28f8aaf
 def _test_score(detector, found: Prediction):  # image AUROC, plus pixel AUROC where maps are trained
     test = detector.test
     image = roc_auc_score(test.abnormal.cpu(), found.anomaly)
@@ -143,7 +143,7 @@ def _test_score(detector, found: Prediction):  # image AUROC, plus pixel AUROC w
     pixels = (test.masks[test.known] >= 0.5).flatten().cpu()
     return image + roc_auc_score(pixels, found.anomaly_map[test.known].flatten())
 
-# %% ../../nbs/methods/13_mvfa.ipynb #0330f823
+# %% ../../nbs/methods/13_mvfa.ipynb #2f32b6c2
 _GIVES = dict(gives=("anomaly", "anomaly_map"), needs=("both",))
 _METHOD_FAULTS = ("logits-of-probabilities", "no-clip-normalisation", "class-token-in-memory")
 METHODS = (

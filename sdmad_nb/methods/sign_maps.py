@@ -35,8 +35,8 @@ class SignMapDetector(SignDetector):
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
         super().__init__(clip, signs, config)
         self.blocks, self.weights = resolve_layers(config.layers, clip.depth), path_weights(config.paths, config.alpha)
-        self.levels = LevelAdapters(clip.image.width, clip.joint, self.blocks, config.paths,
-                                    seed=config.seed).to(clip.device)
+        self.adapt_levels = LevelAdapters(clip.image.width, clip.joint, self.blocks, config.paths,
+                                          seed=config.seed).to(clip.device)
 
     def read_signs(self):  # joins signs and anchor after their selection; gives itself back
         super().read_signs()
@@ -70,7 +70,7 @@ def _finding_map_loss(clip, logits, labels, masks):  # (B, C, P), (B, C) 0/1, (B
 # %% ../../nbs/methods/16_sign_maps.ipynb #67363f50
 @patch
 def encode(self: SignMapDetector, levels) -> tuple:  # (B, L, N, W) -> images, patches, features and margins (B, C, P)
-    features = self.levels(*class_and_patches(self.clip, levels))  # (B, paths, L, P, D)
+    features = self.adapt_levels(*class_and_patches(self.clip, levels))  # (B, paths, L, P, D)
     patches = _join_levels(features, self.weights)  # (B, P, paths * L * D)
     margins = self.patch_margins(patches)
     return _pool_patches(features, margins, self.weights), patches, margins
@@ -102,7 +102,7 @@ def fit(cls: SignMapDetector, support: Support, clip: Clip, signs: SignSet, conf
     if shots.masks is not None: shots = replace(shots, masks=(shots.masks >= 0.5).float())
     levels = shots.features.levels(detector.blocks)
     loss_of = lambda rows: detector.loss(levels[rows], shots[rows])
-    detector.history = train(loss_of, detector.levels.parameters(), len(shots), config)
+    detector.history = train(loss_of, detector.adapt_levels.parameters(), len(shots), config)
     return detector
 
 # %% ../../nbs/methods/16_sign_maps.ipynb #4b0f3c7e
