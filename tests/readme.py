@@ -26,7 +26,7 @@ def readme():  # ValueError for an output that is a picture
     text, resources = MarkdownExporter().from_notebook_node(book)
     if resources["outputs"]:
         raise ValueError("a picture that a cell draws cannot be shown in README.md: save it to a file and link to that")
-    text = re.sub(r"```python\n#\| echo: false\n```\n", "", text)
+    text = re.sub(r"```\w*\n#\| echo: false\n```\n", "", text)
     text = re.sub(r"^#\| .*\n", "", text, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

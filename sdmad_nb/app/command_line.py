@@ -89,6 +89,7 @@ def _fit(
         print(f"learned {', '.join(model.categories)} from {len(model.learned)} images: {model.save(output)}")
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
+# %% ../../nbs/app/02_command_line.ipynb #23770a21
 _WARNING = ("warning: left-out images with a finding score no higher than those without, so what was learned does not "
             "carry over to new images: try a backbone that has seen such images, other signs, or more shots")
 
@@ -147,6 +148,7 @@ def _evaluate(
             print(f"note: the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's")
         _write_csv([table.reset_index()], target)
 
+# %% ../../nbs/app/02_command_line.ipynb #126a04f6
 @_command
 def _demo(
     output: Annotated[str, Option("--output", "-o", help="folder; the cache where it is left out")] = "",

@@ -50,9 +50,20 @@ class _Checked:
             raise InputError("the configuration cannot be used", schema_faults(error)) from error
         for name in types: object.__setattr__(self, name, getattr(sound, name))
 
+# %% ../../nbs/core/00_config.ipynb #30878635
+@dataclass(frozen=True)
+class _MapChoices(_Checked):
+    "Hold the choices that only methods that draw maps read."
+    prompts: Literal["signs", "states"] = "signs"  # of methods that draw maps; "states" such as "flawless", as in MVFA
+    paths: Annotated[_some_of(*PATHS), Field(min_length=1)] = PATHS  # FusionCLIP-AD, Table 3: one of them, or both
+    alpha: _SHARE = 0.5  # FusionCLIP-AD, Eq. (5): weight of "gal", the rest is that of "loc"; see run_fusion_tuning
+    prompt_length: _COUNT = 4  # FusionCLIP-AD: learned vectors in front of the object; 0 is its "fixed prompt"
+    prompt_sentences: _COUNT = 4  # sentences of each kind with learned vectors, evenly spaced; 0 = all, which is slow
+    mvfa_faults: _some_of(*_FAULTS) = ()  # what a measurement with MVFA should not do, see `methods/13_mvfa`
+
 # %% ../../nbs/core/00_config.ipynb #bea4e42f
 @dataclass(frozen=True)
-class Config(_Checked):
+class Config(_MapChoices):
     "Hold every choice that can change a result."
     backbone: Annotated[str, Field(min_length=1)] = "demo"  # or an open_clip name; the paper: ViT-L-14-quickgelu
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
@@ -75,12 +86,6 @@ class Config(_Checked):
     other_signs: Literal["absent", "all"] = "absent"  # Eq. (4): k != c that the image does not have; "all" = literal
     split_level: Literal["patient", "image"] = "patient"  # no other image of a shot's patient is tested; or the paper's
     selection: bool = True  # Eq. (6) at inference; False is the paper's "no SS"
-    prompts: Literal["signs", "states"] = "signs"  # of methods that draw maps; "states" such as "flawless", as in MVFA
-    paths: Annotated[_some_of(*PATHS), Field(min_length=1)] = PATHS  # FusionCLIP-AD, Table 3: one of them, or both
-    alpha: _SHARE = 0.5  # FusionCLIP-AD, Eq. (5): weight of "gal", the rest is that of "loc"; see run_fusion_tuning
-    prompt_length: _COUNT = 4  # FusionCLIP-AD: learned vectors in front of the object; 0 is its "fixed prompt"
-    prompt_sentences: _COUNT = 4  # sentences of each kind with learned vectors, evenly spaced; 0 = all, which is slow
-    mvfa_faults: _some_of(*_FAULTS) = ()  # what a measurement with MVFA should not do, see `methods/13_mvfa`
 
 # %% ../../nbs/core/00_config.ipynb #94586e2a
 def config_to_dict(config: Config) -> dict:  # only JSON types

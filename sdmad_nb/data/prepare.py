@@ -222,6 +222,7 @@ def own_folder(
     return folder.write(list(chain(*plans)), categories, phrases, left_out, skip_broken, True,
                         partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt))
 
+# %% ../../nbs/data/07_prepare.ipynb #7cf0b448
 def _hidden(names, salt, text):  # a sentence -> the same, with pseudonyms for names where there is a salt
     for name in names if salt else (): text = text.replace(name, _pseudonym(name, salt))
     return text

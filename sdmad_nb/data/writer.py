@@ -216,6 +216,10 @@ def _report(folder):  # -> the folder
     print(f"all names: {folder.name}/{_RECORD}")
     return folder
 
+def _without_path(left_out, images):  # the path of the images may hold names; reasons without a case are dropped
+    return {reason: [text.replace(f"{images}{os.sep}", "") for text in texts]
+            for reason, texts in left_out.items() if texts}
+
 # %% ../../nbs/data/04_writer.ipynb #4335dcb3
 @patch
 def write(
@@ -243,10 +247,9 @@ def write(
     had = _learnable(self.out, rows, categories, *left_out["unusable images"][:1])
     left_out |= {"pictures of another patient, too": copies, "pictures with contradictory labels": clashes,
                  "categories without an image": [name for name in categories if name not in had]}
-    left_out = {reason: [text.replace(f"{self.images}{os.sep}", "") for text in texts]  # its path may hold names
-                for reason, texts in left_out.items() if texts}
     return _finish(self.out, rows, had, signs, {"state": "finished", "settings": self.record["settings"],
-                                                "counts": counts(rows, had), "left_out": left_out})
+                                                "counts": counts(rows, had),
+                                                "left_out": _without_path(left_out, self.images)})
 
 # %% ../../nbs/data/04_writer.ipynb #486e5bee
 def _read_cells(path):  # CSV in UTF-8, separated as its first line says -> lists of stripped texts; DataError

@@ -59,7 +59,8 @@ def find_methods() -> dict:  # name -> Method; ValueError where two have one nam
     names = [module.name for module in iter_modules(import_module("sdmad_nb.methods").__path__)]
     modules = [import_module(f"sdmad_nb.methods.{name}") for name in names if name != "registry"]
     offered = [module.METHODS for module in modules if hasattr(module, "METHODS")]
-    found = [method for methods in sorted(offered, key=lambda methods: methods[0].title.casefold()) for method in methods]
+    offered.sort(key=lambda methods: methods[0].title.casefold())
+    found = [method for methods in offered for method in methods]
     twice = {method.name for method in found if sum(other.name == method.name for other in found) > 1}
     if twice: raise ValueError(f"more than one method is called {sorted(twice)[0]!r}: give each a name of its own")
     return {method.name: method for method in sorted(found, key=lambda method: _ORDER.index(method.group))}
