@@ -8,7 +8,9 @@ import shutil
 import sys
 import tempfile
 from configparser import ConfigParser
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Annotated, get_origin
 
 import nbformat
 from fastcore.docments import docments
@@ -136,6 +138,7 @@ def short(value):  # of a default
 def type_name(annotation):
     "Write a type as the source has it."
     if annotation in (None, type(None), EMPTY): return ""  # docments takes the type of a default
+    if get_origin(annotation) is Annotated: annotation = annotation.__origin__  # without the limits of a schema
     if isinstance(annotation, type) and not hasattr(annotation, "__args__"): return f"`{annotation.__name__}`"
     return f"`{annotation if isinstance(annotation, str) else str(annotation).replace('typing.', '')}`"
 
@@ -152,10 +155,19 @@ def signature(function):
     return str(inspect.Signature(items))
 
 
+def arguments(function):  # -> {name: what docments says}
+    "Read the comments behind arguments; a field's may stand in the class that it is inherited from."
+    found = docments(function, full=True, returns=not isinstance(function, type))
+    for base in function.__mro__[1:] if is_dataclass(function) else ():
+        for name, item in docments(base, full=True, returns=False).items() if is_dataclass(base) else ():
+            found[name].docment = found[name].docment or item.docment
+    return found
+
+
 def table(function, links):  # -> lines; none where there is nothing to say
     "Make the table of arguments from the comments behind them."
     rows = []
-    for name, item in docments(function, full=True, returns=not isinstance(function, type)).items():
+    for name, item in arguments(function).items():
         default = "" if name == "return" else short(item.default)
         row = ["*returns*" if name == "return" else f"`{name}`", type_name(item.anno), default and f"`{default}`",
                linked(escaped(" ".join((item.docment or "").split())), links)]

@@ -38,18 +38,27 @@ def test_requirements_are_read_whole():
     assert wanted <= names and not any("#" in name for name in names)
 
 
-def test_every_import_is_a_requirement():
-    "A package that a module imports is among the requirements, whatever else happens to bring it along."
-    known = {"sdmad_nb", *sys.stdlib_module_names}
-    for requirement in SETTINGS["requirements"].split():
+def packages(requirements):
+    "Name what requirements bring, as it is imported."
+    found = set()
+    for requirement in requirements.split():
         files = importlib.metadata.files(re.split(r"[<>=!~\[]", requirement)[0]) or []
-        known |= {file.parts[0].removesuffix(".py") for file in files}
+        found |= {file.parts[0].removesuffix(".py") for file in files}
+    return found
+
+
+def test_every_import_is_a_requirement():
+    "What a module imports is required, whatever else brings it along; what only a function imports may be an extra."
+    known = {"sdmad_nb", *sys.stdlib_module_names} | packages(SETTINGS["requirements"])
+    extras = known | {name for key in ("prepare", "hf", "medclip") for name in packages(SETTINGS[f"{key}_requirements"])}
     missing = set()
     for module in (ROOT / "sdmad_nb").rglob("*.py"):
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            missing |= {f"{module.name}: {name}" for name in names if name.split(".")[0] not in known}
+            allowed = known if node in tree.body else extras
+            missing |= {f"{module.name}: {name}" for name in names if name.split(".")[0] not in allowed}
     assert not missing, f"add to `requirements` in settings.ini: {sorted(missing)}"
 
 

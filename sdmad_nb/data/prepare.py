@@ -216,8 +216,7 @@ def own_folder(
     else: salt = salt or folder.secret(secrets.token_hex(16))
     owners = [_owner(entry, infos[entry.source], patient) for entry in sound]
     plans = [_rows(images, entry, infos[entry.source], owner, reader, salt) for entry, owner in zip(sound, owners)]
-    rest = _unused(images, entries)
-    for note in _notes(sound, infos, owners, categories, rest): print(note)
+    for note in _notes(sound, infos, owners, categories, rest := _unused(images, entries)): print(note)
     left_out = {"files that are not used": rest, "files that cannot be opened": broken}
     return folder.write(list(chain(*plans)), categories, phrases, left_out, skip_broken, True,
                         partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt))
