@@ -38,8 +38,8 @@ def project(tmp_path):
 
 def printed(path):
     "Return what the cells of an executed notebook printed."
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(output.text for cell in cells for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
 def on_terminal(*command, cwd):  # (exit code, what the terminal showed)
@@ -84,7 +84,8 @@ def test_without_a_terminal(project, stdin, stdout, module):
 def test_from_another_folder(project):
     done = run(PAPERMILL, "run_tiny.ipynb", "--prepare-only", cwd=project / "nbs")
     assert done.returncode == 0 and (project / "results/tiny/run_tiny.ipynb").is_file(), done.stderr
-    assert sorted(path.name for path in (project / "nbs").iterdir()) == ["other.ipynb", "run_fails.ipynb", "run_tiny.ipynb"]
+    names = sorted(path.name for path in (project / "nbs").iterdir())
+    assert names == ["other.ipynb", "run_fails.ipynb", "run_tiny.ipynb"]
 
 
 def test_a_failing_cell(project):
@@ -143,5 +144,5 @@ def test_an_error_of_ours_leaves_papermill_alone(project):
 
 
 def test_the_hook_is_light():
-    code = "import sys, sdmad_nb.app.papermill_engine as m; print([n for n in ('torch', 'numpy', 'papermill') if n in sys.modules])"
-    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+    code = "import sys, sdmad_nb.app.papermill_engine; print({'torch', 'numpy', 'papermill'} & {*sys.modules})"
+    assert run(sys.executable, "-c", code).stdout.strip() == "set()"

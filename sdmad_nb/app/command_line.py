@@ -69,8 +69,7 @@ def _fit(
     method: Annotated[str, Option(help="a name that sdmad methods lists")] = "sd-mad",
     seed: Annotated[int, Option(help="draws shots and first weights")] = 0,
     signs: Annotated[str, Option(help="a packaged preset or a file; the folder's signs.json where left out")] = "",
-    sensitivity: Annotated[float, Option(help="leave out each image in turn, for a threshold that should find this "
-                                              "share of the positives, and for probabilities")] = None,
+    sensitivity: Annotated[float, Option(help="share of positives that a calibrated threshold should find")] = None,
     backbone: Annotated[str, Option(help="demo, or an open_clip name such as ViT-L-14-quickgelu")] = None,
     pretrained: Annotated[str, Option(help="open_clip tag such as openai, or a checkpoint file")] = None,
     image_size: Annotated[int, Option(help="input size in pixels")] = None,

@@ -167,9 +167,10 @@ def predict(
 def check_maps(self: SDMAD):  # ValueError
     "Refuse to ask a method for maps that draws none."
     if "anomaly_map" in self.method.gives: return
-    drawing = ", ".join(name for name, method in find_methods().items() if "anomaly_map" in method.gives)
-    raise ValueError(f"{self.method.title} draws no maps: to see where, fit one of {drawing}")
+    drawing = [name for name, other in find_methods().items() if "anomaly_map" in other.gives and not other.oracle]
+    raise ValueError(f"{self.method.title} draws no maps: to see where, fit one of {', '.join(drawing)}")
 
+# %% ../../nbs/app/01_sdmad.ipynb #80709bb3
 def _title(row, name):  # of a finding's map: the decision and the score, where there are any
     told = [("no", "yes")[int(row[name])]] * (name in row)
     return f"{name[:26]}\n{', '.join([*told, *(f'{value:.2f}' for value in row.filter(items=[f'{name} score']))])}"
