@@ -5,6 +5,7 @@ import nbformat
 import pytest
 from conftest import EXPERIMENTS, ROOT, notebook_name
 from nbdev.test import test_nb as run_cells
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 
@@ -18,7 +19,7 @@ def results(tmp_path_factory):
 def test_experiment_notebook(notebook, tmp_path, results, monkeypatch, capfd):
     "The cells run without an error; tests/test_papermill.py and test_tables.py run the command itself."
     chosen = {"smoke": True, "results": str(results)}
-    book = parameterize_notebook(nbformat.read(notebook, as_version=4), chosen)
+    book = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
     defaults = next(cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     assert all(re.search(rf"^{name}: \w+ = ", defaults, re.M) for name in chosen), "smoke and results are parameters"
     book.cells[0].source = book.cells[0].source.replace("- skip_exec: true", "")
