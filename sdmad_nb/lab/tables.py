@@ -134,7 +134,7 @@ def ranking_summary(
             f"and not above {listed(gains[gains <= 0])}.")
 
 def significance_summary(compared: pd.DataFrame) -> str:  # one sentence; from `compared_table`
-    "Say how many differences are more than luck."
+    "Say how many differences are significant after correction."
     sure, pairs = compared[compared.corrected < 0.05], int(compared.n.max())
     named = f" ({'; '.join(': '.join(index) for index in sure.index)})" if len(sure) else ""
     return (f"Of {len(compared)} differences {len(sure) or 'none'} {'is' if len(sure) < 2 else 'are'} below 5 % after "
