@@ -26,9 +26,8 @@ COMMAND = "run_table2.ipynb"
 
 def papermill(results, notebook=COMMAND, **parameters):
     "Run a notebook in its smoke configuration, the way a user calls it."
-    chosen = {"results": results, "smoke": True, **parameters}
-    words = [word for name, value in chosen.items() for word in ("-y", f"{name}: {value}")]
-    return run(BIN / "papermill", f"nbs/{notebook}", *words)
+    words = [word for name, value in {"smoke": True, **parameters}.items() for word in ("-y", f"{name}: {value}")]
+    return run(BIN / "papermill", f"nbs/{notebook}", "-p", "results", results, *words)
 
 
 def last_line(done): return re.sub(r"\x1b\[\d*m", "", done.stderr).strip().splitlines()[-1]
@@ -86,9 +85,9 @@ def test_a_second_run_reads_records_and_repairs_what_is_damaged(finished, tmp_pa
     (COMMAND, dict(slice=3), "slice is 3: the demo has slices"), (COMMAND, dict(seeds="[1, 1]"), "seeds is [1, 1]"),
     ("run_table1.ipynb", dict(shots=999), "too few images to draw 999 per category"),
     ("run_table1.ipynb", dict(paper="Brain"), "paper is 'Brain': use one of BrainMRI"),
-    ("run_fusion_fig4.ipynb", dict(shot_counts="[2, 2]", smoke=False), "must be a list of different whole numbers")])
+    ("run_fusion_fig4.ipynb", dict(shot_counts="[2, 2]"), "must be a list of different whole numbers")])
 def test_a_wrong_parameter_ends_in_one_sentence(tmp_path, notebook, wrong, says):
-    done = papermill(tmp_path, notebook, **wrong)
+    done = papermill(tmp_path, notebook, smoke=False, **wrong)  # smoke takes a seed and few shots whatever is asked for
     assert done.returncode == 1 and says in last_line(done), done.stderr[-2000:]
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("table.*"))
 

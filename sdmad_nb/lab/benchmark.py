@@ -179,7 +179,8 @@ def _measure(benchmark, method, config, split, truth, path):  # -> what a record
     return {"metrics": metrics, "protocols": protocols, "split": drawn, "oracle": method.oracle, "outputs": kept}
 
 def _measured_before(path):  # protocols of the record that is there, if any
-    return json.loads(path.read_text(encoding="utf-8")).get("protocols", ()) if path.is_file() else ()
+    try: return json.loads(path.read_text(encoding="utf-8"))["protocols"]
+    except (OSError, ValueError, KeyError, TypeError): return ()  # none, or a damaged one, which is recomputed
 
 # %% ../../nbs/lab/06_benchmark.ipynb #67906ac9
 def _few_rows(dataset, rows):  # -> numbers of test images
