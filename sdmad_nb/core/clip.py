@@ -8,7 +8,7 @@ __all__ = ['run_blocks', 'image_features', 'PromptBank', 'text_features', 'Clip'
 
 # %% ../../nbs/core/02_clip.ipynb #10ec413f
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 

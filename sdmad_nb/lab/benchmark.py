@@ -156,31 +156,31 @@ def run(
     split = split_of(benchmark, config, folder)
     if split.test not in truths:
         truths[split.test] = read_truth(benchmark.dataset, indices(benchmark.dataset, split.test))
-    truth, asked = truths[split.test], set(benchmark.protocols)
+    truth, protocols = truths[split.test], {"image", *benchmark.protocols}
     check_truth(truth, benchmark.protocols)
     path, identity = _identify(benchmark, chosen, config, split, folder)
-    return run_once(path, identity, lambda: _measure(benchmark, chosen, config, split, truth, path),
-                    lambda record: asked <= set(record["protocols"]))
+
+    def holds(record):  # what was measured before is measured again, so that two tables share a record
+        missing = protocols - set(record["protocols"])
+        protocols.update(record["protocols"])
+        return not missing
+    return run_once(path, identity, lambda: _measure(benchmark, chosen, config, split, truth, protocols), holds)
 
 # %% ../../nbs/lab/06_benchmark.ipynb #2e952c29
-def _measure(benchmark, method, config, split, truth, path):  # -> what a record holds beside its identity
+def _measure(benchmark, method, config, split, truth, protocols):  # -> what a record holds beside its identity
     dataset, clip = benchmark.dataset, benchmark.clip
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}
     support = read_support(dataset, learned, clip, benchmark.masks)
     detector = method.fit(support, clip, benchmark.signs, config, **oracle)
-    protocols = sorted({"image", *benchmark.protocols, *_measured_before(path)})
-    maps = bool({"pixels", "places"} & set(protocols))
+    maps = bool({"pixels", "places"} & protocols)
     prediction = predict(detector, read_features(dataset, tested, clip), maps=maps)
-    metrics = evaluate(truth, prediction, protocols, benchmark.draws, config.seed)
+    metrics = evaluate(truth, prediction, sorted(protocols), benchmark.draws, config.seed)
     kept = {name: value for name in ("anomaly", "scores", "labels") if (value := getattr(prediction, name)) is not None}
     drawn = {"train": split.train, "test": split.test, "positives": truth.labels.sum(0).tolist()}
     kept |= {"keep": getattr(detector, "keep", None), "maps": _few_maps(dataset, tested, prediction)}
-    return {"metrics": metrics, "protocols": protocols, "split": drawn, "oracle": method.oracle, "outputs": kept}
-
-def _measured_before(path):  # protocols of the record that is there, if any
-    try: return json.loads(path.read_text(encoding="utf-8"))["protocols"]
-    except (OSError, ValueError, KeyError, TypeError): return ()  # none, or a damaged one, which is recomputed
+    return {"metrics": metrics, "protocols": sorted(protocols), "split": drawn, "oracle": method.oracle,
+            "outputs": kept}
 
 # %% ../../nbs/lab/06_benchmark.ipynb #67906ac9
 def _few_rows(dataset, rows):  # -> numbers of test images

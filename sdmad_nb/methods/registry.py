@@ -11,8 +11,6 @@ from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 
-import torch
-
 from ..core.clip import Clip
 from ..core.config import Config
 from ..core.detector import Detector, Prediction, Support, load, read_header
