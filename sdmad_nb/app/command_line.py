@@ -6,7 +6,9 @@
 __all__ = ['app', 'shell']
 
 # %% ../../nbs/app/02_command_line.ipynb #2237688e
+import re
 import sys
+from collections import defaultdict
 from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -85,7 +87,7 @@ def _fit(
         from sdmad_nb.app.sdmad import SDMAD, Config
         config = Config(**{name: value for name, value in choices.items() if value is not None})
         model = SDMAD.fit(data, shots, seed, signs, config, device, sensitivity, method)
-        print(f"learned {', '.join(model.categories)} from {len(model.learned)} images: {model.save(output)}")
+        print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #23770a21
@@ -96,36 +98,51 @@ _WARNING = ("warning: left-out images with a finding score no higher than those 
 @_command
 def _predict(
     model: _Model,
-    images: Annotated[list[str], Argument(help="image files or folders")],
+    images: Annotated[list[str], Argument(help="image files, DICOM, NIfTI, or folders of them")],
     output: _Output = "",
-    heatmaps: Annotated[str, Option(metavar="DIR", help="folder for a picture of each image with its maps")] = "",
-    batch_size: Annotated[int, Option(help="images at a time")] = 32,
+    heatmaps: Annotated[str, Option(metavar="DIR", help="folder for a picture of each image with its maps, and "
+                                    "for the maps of each NIfTI volume")] = "",
+    batch_size: Annotated[int, Option(min=1, help="images at a time")] = 32,
     skip_bad: Annotated[bool, Option("--skip-bad", help="leave out images that cannot be read, and list them")] = False,
     calibrated: _Calibrated = False,
     pretrained: _Moved = "",
     device: _Device = "auto",
 ):
     "Predict images with a fitted model, as CSV."
-    target, skipped = output or sys.stdout, [] if skip_bad else None
+    target, skipped, left_out = output or sys.stdout, [] if skip_bad else None, []
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device)
         if heatmaps: fitted.check_maps()
-        _write_csv(fitted.stream(images, batch_size, calibrated, skipped), target)
+        _write_csv(fitted.stream(images, batch_size, calibrated, skipped, left_out), target)
         if heatmaps: _draw_heatmaps(fitted, images, Path(heatmaps), skip_bad)
+    for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     if skipped: raise Exit(3)
 
 # %% ../../nbs/app/02_command_line.ipynb #ba494994
+def _file_name(text, most=120):  # -> short enough for any file system, without signs that a shell or a path reads
+    return re.sub(r"[^\w.-]+", "_", text).encode()[:most].decode(errors="ignore")
+
 def _draw_heatmaps(model, images, folder, skip_bad):
     from tqdm import tqdm
+    from sdmad_nb.app.explanation import save_volume
     from sdmad_nb.app.pictures import list_images
     from sdmad_nb.data.images import DataError
-    for number, (name, image) in enumerate(tqdm(list_images(images), desc="heat maps", unit="image")):
-        try: why = model.explain(image)
+    volumes = defaultdict(dict)  # {(name, file): {slice: maps}}
+    for place, one in enumerate(tqdm(list_images(images, model.reader, [])[0], desc="heat maps", unit="image")):
+        try: why = model.explain(one.image, one.number)
         except DataError:
-            if not skip_bad: raise
-        else: why.save(folder / f"{number:04d}-{Path(name).stem}.png")
+            if not skip_bad and one.count == 1: raise
+            continue
+        stem = _file_name(re.sub(r"\.(nii\.gz|\w+)$", "", Path(one.name).name))
+        why.save(folder / f"{place:04d}-{stem}{f'_{one.number:03}' if one.count > 1 else ''}.png")
+        if model.reader.inspect(one.image).kind == "nifti": volumes[stem, one.image][one.number] = why.maps
+    for (stem, file), maps in volumes.items():
+        shown = next(iter(maps.values()))
+        for c, name in enumerate(model.categories if len(shown) == len(model.categories) else ["abnormal"]):
+            save_volume(folder / f"{stem}-{_file_name(name, 60)}.nii.gz", file,
+                        {number: one[c] for number, one in maps.items()}, model.origin.pixels.plane)
 
 # %% ../../nbs/app/02_command_line.ipynb #8f2738f5
 @_command
@@ -143,8 +160,7 @@ def _evaluate(
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
         table = SDMAD.load(model, pretrained, device).evaluate(data, calibrated=calibrated, maps=maps)
-        for part in table.attrs["stands_for_all"]:
-            print(f"note: the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's")
+        for note in table.attrs["notes"]: print(f"note: {note}")
         _write_csv([table.reset_index()], target)
 
 # %% ../../nbs/app/02_command_line.ipynb #126a04f6

@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.signs import preset_path, read_signs
-from .images import DataError
-from .pixels import reading, to_8bit
+from .images import DataError, reading, to_8bit
 from .writer import Preparation, Row, counts, digest, in_threads, read_table
 
 # %% ../../nbs/data/05_fastmri.ipynb #5b331a6c
@@ -84,13 +83,14 @@ def annotation_counts(annotations, slices=(0, 5, 10), categories=_FINDINGS, norm
 # %% ../../nbs/data/05_fastmri.ipynb #4ecb1d44
 _IMAGES = "reconstruction_rss"  # slices x height x width, root sum of squares over the coils
 
-def _volume_shape(path):  # -> (slices, height, width); DataError
+def _volume_header(path):  # -> (slices, height, width), patient or ""; DataError
     with reading(f"volume {path}", "is no whole HDF5 file", "download it again"):
         import h5py
-        with h5py.File(path, "r") as file: shape = file[_IMAGES].shape if _IMAGES in file else None
-    if shape is None: raise DataError(f"volume {path} has no {_IMAGES}: take the training or validation files")
-    if len(shape) != 3 or 0 in shape: raise DataError(f"volume {path}: {_IMAGES} has the shape {shape}, not three axes")
-    return shape
+        with h5py.File(path, "r") as file:
+            shape, patient = file[_IMAGES].shape if _IMAGES in file else None, file.attrs.get("patient_id", "")
+        if shape is None: raise DataError(f"has no {_IMAGES}: take the training or validation files")
+        if len(shape) != 3 or 0 in shape: raise DataError(f"has {_IMAGES} of the shape {shape}, not three axes")
+        return shape, patient.decode() if isinstance(patient, bytes) else str(patient)
 
 def _volume_slice(path, slice):  # -> (height, width) uint8; DataError
     with reading(f"volume {path}, slice {slice}", "cannot be read", "download the file again"):
@@ -98,7 +98,7 @@ def _volume_slice(path, slice):  # -> (height, width) uint8; DataError
         with h5py.File(path, "r") as file: return to_8bit(np.flipud(file[_IMAGES][slice]))
 
 # %% ../../nbs/data/05_fastmri.ipynb #e30bce46
-def _scan_volumes(images, names):  # folder, wanted volumes -> {volume: (path, shape)}, {reason: names}; DataError
+def _scan_volumes(images, names):  # folder, volumes -> {volume: (path, shape, patient)}, {reason: names}; DataError
     paths, wanted, twice = {}, set(names), []
     for path in sorted(Path(images).rglob("*.h5")):
         if (first := paths.setdefault(path.stem, path)) != path:
@@ -108,9 +108,9 @@ def _scan_volumes(images, names):  # folder, wanted volumes -> {volume: (path, s
         raise DataError(f"images {images} has {len(paths)} .h5 files, and none of the {len(wanted)} reviewed volumes: "
                         "give the folder with fastMRI's brain volumes, such as multicoil_train")
     if twice: raise DataError(f"images {images} has volumes twice", twice)
-    shapes = dict(zip(found, in_threads(lambda name: _volume_shape(paths[name]), found, "opening volumes")))
-    broken = {name: str(shape) for name, shape in shapes.items() if isinstance(shape, DataError)}
-    return ({name: (paths[name], shape) for name, shape in shapes.items() if name not in broken},
+    headers = dict(zip(found, in_threads(lambda name: _volume_header(paths[name]), found, "opening volumes")))
+    broken = {name: str(header) for name, header in headers.items() if isinstance(header, DataError)}
+    return ({name: (paths[name], *header) for name, header in headers.items() if name not in broken},
             {"broken files": list(broken.values()),
              "reviewed volumes that are not among the images": sorted(wanted - paths.keys()),
              "volumes that were never reviewed": sorted(paths.keys() - wanted)})
@@ -119,14 +119,15 @@ def _scan_volumes(images, names):  # folder, wanted volumes -> {volume: (path, s
 def _with_pixels(rows, volumes, slice):  # rows of one slice number -> those that can be made, {reason: names}
     made, out = [], defaultdict(list)
     for row in [row for row in rows if row.patient in volumes]:
-        path, (depth, height, width) = volumes[row.patient]
-        if slice >= depth: out[f"volumes without slice {slice}"].append(row.patient)
+        name, (path, (depth, height, width), patient) = row.patient, volumes[row.patient]
+        if slice >= depth: out[f"volumes without slice {slice}"].append(name)
         for label, x, y, w, h in row.boxes if slice < depth else ():
             fault = "boxes without an area" if w <= 0 or h <= 0 else "boxes outside the image"
             if min(w, h) > 0 <= min(x, y, width - x - w, height - y - h): continue
             out[fault].append(f"{Path(row.image).stem}, {label}: {x:g}, {y:g}, {w:g}, {h:g}")
             row = replace(row, boxes=tuple(box for box in row.boxes if box != (label, x, y, w, h)))
-        if slice < depth: made.append(replace(row, read=partial(_volume_slice, path, slice)))
+        if slice < depth: made.append(replace(row, patient=patient or name, read=partial(_volume_slice, path, slice),
+                                              sources=(path,)))
     return made, dict(out)
 
 # %% ../../nbs/data/05_fastmri.ipynb #ea40e756
@@ -161,8 +162,9 @@ def fastmri_plus(
                 "files": digest(sorted(path.name for path in Path(images).rglob("*.h5")))}
     folders = [Preparation(Path(out) / f"fastmri_plus-slice{slice}", images, "fastmri-plus",
                            {**settings, "slice": slice}) for slice in slices]
-    unfinished = not all(folder.finished for folder in folders)
-    volumes, faults = _scan_volumes(images, labels.volumes) if unfinished else ({}, {})
+    volumes, faults = _scan_volumes(images, labels.volumes)
+    if bare := [name for name, (*_, person) in volumes.items() if not person]:
+        print(f"note: {len(bare)} volumes, such as {bare[0]}, have no patient_id: each counts as a patient of its own")
     for slice, folder in zip(slices, folders):
         rows, left_out = label_rows(labels, slice, categories, normals, contrasts)
         rows, dropped = _with_pixels(rows, volumes, slice)

@@ -21,8 +21,8 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from ..core.signs import SignError, read_signs
-from .images import DataError, decode, emptiness, load_mask, to_mask, to_rgb
+from ..core.signs import SignError, name_fault, read_signs
+from .images import DataError, Pixels, decode, emptiness, find_spelling, load_mask, to_mask, to_rgb
 
 # %% ../../nbs/data/00_folder.ipynb #ade4a77c
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,8 @@ class DataSet:
     split: tuple = None  # per image "train", "test" or None (neither); None where labels.csv does not say
     masks: tuple = None  # per image a relative path or ""; None where no image has a mask
     content: str = ""  # SHA-256 over the bytes of images and masks
+    hashes: tuple = ()  # N hashes of pixels
+    pixels: Pixels = Pixels()  # how scans became these images
 
     def __post_init__(self):
         labels = self.labels.view()  # the caller's own array stays as it is
@@ -104,16 +106,19 @@ def _header_faults(header):
     if "" in header: faults.append("has a column without a name")
     if not set(header) - {*RESERVED, ""}: faults.append("has no category")
     remedy = "write image,patient,<category>,... separated by commas"
-    return [(0, f"labels.csv {fault} (its header is {', '.join(header)}): {remedy}") for fault in faults]
+    names = [(name, name_fault(name)) for name in header if name and name not in RESERVED]
+    return [(0, f"labels.csv {fault} (its header is {', '.join(header)}): {remedy}") for fault in faults] + [
+        (0, f"labels.csv has the column {name!r}: {fault}") for name, fault in names if fault]
 
-def _read_labels(folder):  # -> texts or None, C names, faults
+def _read_labels(folder, partial=False):  # -> texts or None, C names, faults
     table, faults = _read_table(folder, "labels.csv")
     if table is None: return None, [], faults
     if wrong := _header_faults(list(table)): return None, [], wrong
     if table.empty: return None, [], faults or [(0, "labels.csv has a header but no rows: add one line for each image")]
     categories = [column for column in table if column not in RESERVED]
     table = table.reindex(columns=[*RESERVED, *categories], fill_value="")
-    constant = [name for name in categories if table[name].nunique() == 1]
+    for name in ("image", "mask"): table[name] = [find_spelling(folder, cell) for cell in table[name]]
+    constant = [name for name in categories if table[name].nunique() == 1 and not partial]
     faults += [(0, f"labels.csv has {table[name].iloc[0]!r} in every line of {name!r}: label some images otherwise, "
                    "or delete the column") for name in constant]
     return table, categories, faults + _cell_faults(table, categories)
@@ -216,10 +221,14 @@ def _folder_faults(folder):  # -> sentences
     return []
 
 # %% ../../nbs/data/00_folder.ipynb #54d5bd71
-def _inspect(folder, signs, progress):  # -> DataSet or None where there are faults, sentences
+def _pixels(folder):  # -> how a preparation made the images; as it comes for a folder made by hand
+    try: return Pixels(**json.loads((folder / "preparation.json").read_text(encoding="utf-8"))["settings"]["pixels"])
+    except (OSError, ValueError, KeyError, TypeError): return Pixels()
+
+def _inspect(folder, signs, progress, partial):  # -> DataSet or None where there are faults, sentences
     folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
     if faults := _folder_faults(folder): return None, faults
-    table, categories, faults = _read_labels(folder)
+    table, categories, faults = _read_labels(folder, partial)
     if table is None: return None, _sentences("labels.csv", faults)
     checked = _check_files(folder, table, progress)
     faults += _copies(table, checked) + [(line, text) for line, row in zip(table.index, checked) for text in row.faults]
@@ -230,17 +239,19 @@ def _inspect(folder, signs, progress):  # -> DataSet or None where there are fau
     labels = (table[categories] == "1").to_numpy(np.uint8)  # (N, C)
     content = hashlib.sha256("".join(row.content.hex() for row in checked).encode()).hexdigest()
     parts = tuple(part or None for part in split) if any(split) else None
-    return DataSet(folder, folder.name, images, patients, tuple(categories), labels, parts,
-                   masks if any(masks) else None, content), []
+    hashes, masks = tuple(row.pixels.hex() for row in checked), masks if any(masks) else None
+    return DataSet(folder, folder.name, images, patients, tuple(categories), labels, parts, masks, content, hashes,
+                   _pixels(folder)), []
 
 # %% ../../nbs/data/00_folder.ipynb #8a5d9a8d
 def read_dataset(
     folder,  # a data-set folder
     signs=None,  # signs to use instead of signs.json (anything with `.categories`)
     progress: bool = True,  # show a bar where it takes over two seconds
+    partial: bool = False,  # a test set, in which some findings may never occur
 ) -> DataSet:  # DataError with all faults where there are any
     "Check a data-set folder whole and read its labels."
-    dataset, faults = _inspect(folder, signs, progress)
+    dataset, faults = _inspect(folder, signs, progress, partial)
     if faults: raise DataError(f"the data set {folder} cannot be used", faults)
     return dataset
 

@@ -8,14 +8,14 @@ __all__ = ['BMAD', 'bmad', 'bmad_split', 'chestxray14', 'oct2017']
 # %% ../../nbs/data/06_public_sets.ipynb #cf01b555
 import re
 from collections import defaultdict
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.signs import preset_path, read_signs
 from .folder import DataSet, dataset_fingerprint
-from .images import DataError
-from .pixels import ImageReader, PixelOptions, find_images, reading
+from .images import DataError, ImageReader, Pixels, find_images, reading
 from .splits import Split
 from .writer import Preparation, Row, digest, read_table
 
@@ -59,10 +59,10 @@ def _bmad_files(images, parts):  # -> {(part, verdict, stem): image path}, the s
 def _bmad_row(images, key, path, mask, benchmark, reader):  # one image and its mask or None -> Row
     part, verdict, stem = key
     name, found = "_".join(key), re.match(benchmark.patient, stem) if benchmark.patient else None
-    return Row(f"images/{reader.kept_name(name + path.suffix)}", found[1] if found else name,
+    return Row(f"images/{reader.stored_name(name + path.suffix)}", found[1] if found else name,
                (benchmark.category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
-               f"masks/{name}.png" if mask else "", read=partial(reader.image, images / path),
-               read_mask=mask and partial(reader.mask, images / mask))
+               f"masks/{name}.png" if mask else "", read=partial(reader.stored, images / path),
+               read_mask=mask and partial(reader.mask, images / mask), sources=(images / path, mask and images / mask))
 
 # %% ../../nbs/data/06_public_sets.ipynb #0cc0e9ed
 def _bmad_kind(images, kind):  # -> a key of BMAD; DataError
@@ -83,7 +83,7 @@ def bmad(
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
 ) -> Path:  # the folder; DataError
     "Prepare one set of BMAD, normal or not, with masks where it has them."
-    benchmark, reader = BMAD[_bmad_kind(images, kind)], ImageReader(PixelOptions(size=size))
+    benchmark, reader = BMAD[_bmad_kind(images, kind)], ImageReader(Pixels(size=size))
     if not set(parts) <= {"train", "valid", "test"} or "test" not in parts or len(set(parts)) < 2:
         raise DataError(f"parts is {list(parts)}: name test, and train or valid to draw shots from")
     files, masks, left_out = _bmad_files(images, parts)
@@ -91,7 +91,7 @@ def bmad(
         raise DataError(f"images {images} has no good and Ungood images of the parts {', '.join(parts)}: give the "
                         "folder that holds valid and test")
     rows = [_bmad_row(Path(images), key, path, masks.get(key), benchmark, reader) for key, path in files.items()]
-    settings = {"category": benchmark.category, "parts": list(parts), "size": size,
+    settings = {"category": benchmark.category, "parts": list(parts), "pixels": asdict(reader.pixels),
                 "files": digest(sorted(files.items()), sorted(masks))}
     folder, signs = Preparation(out, images, "bmad", settings), read_signs(preset_path(benchmark.preset))
     return folder.write(rows, [benchmark.category], signs, left_out, skip_broken)
@@ -142,21 +142,22 @@ def chestxray14(
     "Prepare NIH ChestX-ray14."
     if unknown := sorted(set(findings) - set(_CHEST_FINDINGS)):
         raise DataError(f"findings has {', '.join(unknown)}: use some of {', '.join(_CHEST_FINDINGS)}")
-    table, found, reader = _chest_table(labels), find_images(images, (".png",)), ImageReader(PixelOptions(size=size))
+    table, found, reader = _chest_table(labels), find_images(images, (".png",)), ImageReader(Pixels(size=size))
     with reading(f"test_list {test_list}", "is no text", "get it again"):
         tested = set(Path(test_list).read_text(encoding="utf-8").split() if test_list else ())
     paths = {path.name: path for path in reversed(found)}
     there = [name for name in table if name in paths]
     wanted = [name for name in there if not table[name][1] or set(table[name][1]) & set(findings)]
+    file = lambda name: Path(images) / paths[name]
     rows = [Row(f"images/{name}", table[name][0], tuple(finding for finding in findings if finding in table[name][1]),
                 ("test" if name in tested else "train") if test_list else "",
-                read=partial(reader.image, Path(images) / paths[name])) for name in wanted]
+                read=partial(reader.stored, file(name)), sources=(file(name),)) for name in wanted]
     left_out = {"listed images that are not in the folder": sorted(table.keys() - paths.keys()),
                 "images that are not listed": sorted(paths.keys() - table.keys()),
                 "images of a name that another one has": [str(path) for path in found if paths[path.name] != path],
                 "images with other findings only": sorted(set(there) - set(wanted))}
-    settings = {"findings": list(findings), "size": size, "labels": digest(Path(labels).read_bytes(), sorted(tested)),
-                "files": digest(sorted(paths))}
+    settings = {"findings": list(findings), "pixels": asdict(reader.pixels), "files": digest(sorted(paths)),
+                "labels": digest(Path(labels).read_bytes(), sorted(tested))}
     folder, signs = Preparation(out, images, "chestxray14", settings), read_signs(preset_path("chestxray14"))
     return folder.write(rows, findings, signs, left_out, skip_broken)
 
@@ -168,9 +169,9 @@ def _oct_row(images, path, reader):  # folder, relative path -> Row, or None whe
     parts = [_PARTS[word] for word in words if word in _PARTS] or ["all"]
     found = re.match(r"^(CNV|DME|DRUSEN|NORMAL)-(\w+)-\d+$", path.stem)
     if not found or found[1] not in path.parts[:-1] or len(parts) > 1: return None
-    return Row(f"images/{parts[0]}_{reader.kept_name(path.name)}", found[2],
+    return Row(f"images/{parts[0]}_{reader.stored_name(path.name)}", found[2],
                () if found[1] == "NORMAL" else (found[1],), {"all": "", "test": "test"}.get(parts[0], "train"),
-               read=partial(reader.image, images / path))
+               read=partial(reader.stored, images / path), sources=(images / path,))
 
 # %% ../../nbs/data/06_public_sets.ipynb #2aa6743c
 def oct2017(
@@ -180,11 +181,11 @@ def oct2017(
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
 ) -> Path:  # the folder; DataError
     "Prepare OCT2017: CNV, DME and drusen."
-    reader = ImageReader(PixelOptions(size=size))
+    reader = ImageReader(Pixels(size=size))
     rows = {path: _oct_row(Path(images), path, reader) for path in find_images(images)}
     if not any(rows.values()):
         raise DataError(f"images {images} has no file such as CNV/CNV-1016042-1.jpeg: give the folder of OCT2017")
     strange = {"files outside OCT2017's layout": [str(path) for path, row in rows.items() if row is None]}
-    folder = Preparation(out, images, "oct2017", {"size": size, "files": digest(sorted(rows))})
+    folder = Preparation(out, images, "oct2017", {"pixels": asdict(reader.pixels), "files": digest(sorted(rows))})
     rows, signs = [row for row in rows.values() if row], read_signs(preset_path("oct2017"))
     return folder.write(rows, _OCT_CLASSES, signs, strange, skip_broken)

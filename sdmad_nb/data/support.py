@@ -25,7 +25,7 @@ def read_features(
     clip: Clip,
 ) -> Features:  # of these images, in this order; nothing is read before it is asked for
     "Wrap images of a data set for a frozen CLIP."
-    return Features(clip, ImageFiles([dataset.path(int(row)) for row in rows]))
+    return Features(clip, ImageFiles([dataset.path(int(row)) for row in rows], dataset.pixels))
 
 # %% ../../nbs/data/09_support.ipynb #9a7b85c5
 def read_masks(

@@ -25,10 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..core.config import write_atomically
-from ..core.signs import restrict, write_signs
-from .folder import BOX_COLUMNS, RESERVED, check_row
-from .images import DataError, load_rgb
-from .pixels import reading
+from ..core.signs import name_fault, restrict, write_signs
+from .folder import BOX_COLUMNS, check_row
+from .images import DataError, load_rgb, reading
 
 # %% ../../nbs/data/04_writer.ipynb #7758e569
 @dataclass(frozen=True)
@@ -42,18 +41,26 @@ class Row:
     boxes: tuple = ()  # (category, x, y, width, height) in pixels
     read: Callable = field(default=None, compare=False)  # () -> (H, W) or (H, W, 3) uint8, or bytes of a PNG or JPEG
     read_mask: Callable = field(default=None, compare=False)  # (width, height) -> (H, W) uint8, 0 or 255
+    sources: tuple = field(default=(), compare=False)  # files of the image and of the mask, where they are known
 
 # %% ../../nbs/data/04_writer.ipynb #0cd87669
-def _write_image(path, made):  # (H, W) or (H, W, 3) uint8, or the bytes of a finished file
+def _write_image(path, made, source):  # (H, W) or (H, W, 3) uint8, or the bytes of a finished file
     if isinstance(made, bytes): write_atomically(path, lambda beside: beside.write_bytes(made))
     else: write_atomically(path, lambda beside: Image.fromarray(made).save(beside, "PNG"))
+    if source: os.utime(path, ns=(os.stat(source).st_mtime_ns,) * 2)
+
+def _outdated(folder, row):  # -> names of the row's files whose source has changed since
+    pairs = zip((row.image, row.mask), row.sources)
+    return [name for name, source in pairs if name and os.path.exists(source) and (folder / name).is_file()
+            and os.stat(source).st_mtime_ns != os.stat(folder / name).st_mtime_ns]
 
 def _store(folder, row):  # resolved folder -> `Checked`; DataError where the source cannot be read
     for name in filter(None, (row.image, row.mask)):
         if not (folder / name).resolve().is_relative_to(folder): raise DataError(f"image {name} would leave {folder}")
-    if not (folder / row.image).is_file(): _write_image(folder / row.image, row.read())
-    if row.mask and not (folder / row.mask).is_file():
-        _write_image(folder / row.mask, row.read_mask(load_rgb(folder / row.image).size))
+    outdated, (source, mask_source) = _outdated(folder, row), (*row.sources, "", "")[:2]
+    if not (folder / row.image).is_file() or row.image in outdated: _write_image(folder / row.image, row.read(), source)
+    if row.mask and (not (folder / row.mask).is_file() or outdated):
+        _write_image(folder / row.mask, row.read_mask(load_rgb(folder / row.image).size), mask_source)
     return check_row(folder, row.image, row.mask)
 
 # %% ../../nbs/data/04_writer.ipynb #38b6f338
@@ -79,7 +86,7 @@ def _store_all(folder, rows):  # -> [(Row, Checked)], {reason: sentences}
 # %% ../../nbs/data/04_writer.ipynb #2613fe62
 def _learnable(folder, rows, categories, hint=""):  # -> categories that some image has; DataError
     had = [name for name in categories if any(name in row.findings for row in rows)]
-    if not had:
+    if categories and not had:
         raise DataError(f"{folder}: no image has a finding ({', '.join(categories)}): are these the right images?"
                         + (f" One that was left out: {hint}" if hint else ""))
     if common := [name for name in had if all(name in row.findings for row in rows)]:
@@ -88,8 +95,7 @@ def _learnable(folder, rows, categories, hint=""):  # -> categories that some im
 
 def _check_rows(folder, rows, categories):  # DataError
     alike = Counter(name.casefold() for name in categories)
-    faults = [f"finding {name!r} is called like a column of labels.csv: rename it"
-              for name in RESERVED if name in categories]
+    faults = [f"finding {name!r}: {fault}" for name in categories if (fault := name_fault(name))]
     faults += [f"finding {name!r} is there twice, perhaps in upper and lower case: use one name"
                for name in categories if alike[name.casefold()] > 1]
     files = Counter(name.lower() for row in rows for name in (row.image, row.mask) if name)  # A is a on some disks
@@ -103,7 +109,8 @@ def _without_copies(kept):  # [(Row, Checked)] -> rows, sentences on copies, sen
     for row, checked in sorted(kept, key=lambda pair: pair[0].image): groups[checked.pixels].append(row)
     for first, *others in groups.values():
         if any(row.findings != first.findings for row in others):
-            clashes.append("the same picture: " + ", ".join(f"{row.image} ({' and '.join(row.findings) or 'normal'})"
+            shown = lambda row: row.sources[0] if row.sources else row.image
+            clashes.append("the same picture: " + ", ".join(f"{shown(row)} ({' and '.join(row.findings) or 'normal'})"
                                                             for row in (first, *others)))
             continue
         rows += [first, *(row for row in others if row.patient == first.patient)]
@@ -141,7 +148,7 @@ def digest(*values) -> str:  # bytes, texts, numbers, tuples -> 16 hexadecimal d
 
 # %% ../../nbs/data/04_writer.ipynb #f165a772
 _HASHED = {"labels": "the labels have changed", "files": "the files have changed", "signs": "the signs have changed",
-           "origin": "the folder of images was another one"}
+           "origin": "the folder of images was another one", "layout": "the layout was another one"}
 
 def _changes(before, now, finished):  # settings -> sentences
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
@@ -212,7 +219,8 @@ def _report(folder):  # -> the folder
     print(f"{folder.name}:", ", ".join(f"{number} {what}" for what, number in record["counts"].items()))
     for reason, texts in record["left_out"].items():
         print(f"left out, {reason}: {len(texts)}, such as {texts[0].splitlines()[0]}")
-    if not (folder / "signs.json").is_file(): print("signs.json is not there yet: core/01_signs tells how to write it")
+    if not (folder / "signs.json").is_file():
+        print(f"signs.json is not there yet: 'sdmad signs new {folder}' writes one to fill in")
     print(f"all names: {folder.name}/{_RECORD}")
     return folder
 
@@ -229,11 +237,15 @@ def write(
     signs=None,  # SignSet with at least these categories; None writes no signs.json
     left_out: dict = None,  # {reason: names or sentences}; "broken files" are those that are known already
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
-    strict: bool = False,  # contradictory labels of one picture are an error, instead of being left out
+    strict: bool = False,  # contradictory labels of one picture are an error, unless images are to be left out
     hide: Callable = str,  # function on the sentences of what is left out, before they are written down
 ) -> Path:  # the folder; DataError where images cannot be read or there is nothing to learn
-    "Write images and masks, then everything else, labels.csv last; of a finished folder print the report alone."
-    if self.finished: return _report(self.out)
+    "Write images and masks, then everything else, labels.csv last; of a finished folder what has changed since."
+    if self.finished:
+        changed = [row for row in rows if _outdated(self.out, row)]
+        if not changed: return _report(self.out)
+        print(f"{len(changed)} sources have changed since, and are read again: {changed[0].sources[0]}, ...")
+        (self.out / "labels.csv").unlink()
     left_out, known = left_out or {}, (left_out or {}).get("broken files", [])
     _refuse_broken(known, skip_broken)
     _check_rows(self.out, rows, categories)
@@ -243,9 +255,12 @@ def write(
     _refuse_broken(unreadable["broken files"], skip_broken)
     left_out = {reason: list(map(hide, texts)) for reason, texts in {**left_out, **unreadable}.items()}
     rows, copies, clashes = _without_copies(kept)
-    if clashes and strict: raise DataError("pictures have contradictory labels: correct them and run it again", clashes)
+    if clashes and strict and not skip_broken:
+        raise DataError("pictures have contradictory labels: correct them and run the same command, or leave them out "
+                        "with --skip-broken", clashes)
     had = _learnable(self.out, rows, categories, *left_out["unusable images"][:1])
-    left_out |= {"pictures of another patient, too": copies, "pictures with contradictory labels": clashes,
+    left_out |= {"pictures of another patient, too": copies,
+                 "pictures with contradictory labels": list(map(hide, clashes)),
                  "categories without an image": [name for name in categories if name not in had]}
     return _finish(self.out, rows, had, signs, {"state": "finished", "settings": self.record["settings"],
                                                 "counts": counts(rows, had),
