@@ -4,6 +4,7 @@ No weights are downloaded: a checkpoint file with made-up weights in half precis
 """
 import json
 import math
+import pickle
 import time
 import zipfile
 from dataclasses import replace
@@ -22,7 +23,7 @@ from sdmad_nb.core.clip import Features, encode_prompts, freeze_clip, image_feat
 from sdmad_nb.core.config import Config, resolve_layers, torch_generator
 from sdmad_nb.core.detector import AdaptedDetector, Support, load, predict, save
 from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts
-from sdmad_nb.data.backbones import load_clip, resize_input
+from sdmad_nb.data.backbones import _read_torchscript, load_clip, resize_input
 from sdmad_nb.data.images import ImageFiles
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -242,6 +243,53 @@ def test_openai_archive(tiny, archive):
     torch.testing.assert_close(backbone.model.visual.proj, state["visual.proj"].float(), rtol=0, atol=0)
     assert backbone.image.grid == (9, 9)
     refused(("tiny-wide", path), "tiny-wide", "archive.pt")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning",
+                            "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(
+    model, (torch.rand(1, 3, 64, 64), torch.zeros(1, 77, dtype=torch.long)), check_trace=False)], ids=["script", "trace"])
+def test_an_archive_is_read_as_torch_reads_it(compiled, tmp_path):
+    "A whole CLIP, scripted and traced: the same names in the same order, the same types and the same numbers."
+    torch.jit.save(compiled(open_clip.model.CLIP(**TINY).eval()), tmp_path / "clip.pt")
+    ours, theirs = _read_torchscript(tmp_path / "clip.pt"), torch.jit.load(tmp_path / "clip.pt").state_dict()
+    assert list(ours) == list(theirs) and len(ours) > 100
+    for name, value in theirs.items(): torch.testing.assert_close(ours[name], value, rtol=0, atol=0, check_stride=True)
+
+
+class Attack:
+    "A pickle that would write a file while it is read."
+    def __init__(self, file): self.file = file
+
+    def __reduce__(self): return exec, (f"open({str(self.file)!r}, 'w').close()",)
+
+
+def test_nothing_in_a_checkpoint_is_run(tiny, archive, tmp_path):
+    "Neither in a TorchScript archive, whether or not its pickle has tensors too, nor in torch's own format."
+    target, (path, state) = tmp_path / "was here", archive
+    with zipfile.ZipFile(path) as old: parts = {name: old.read(name) for name in old.namelist()}
+    name = next(name for name in parts if name.endswith("/data.pkl"))
+    for content in (pickle.dumps(Attack(target)), pickle.dumps(Attack(target))[:-1] + parts[name], b"\x80\x02]."):
+        with zipfile.ZipFile(tmp_path / "archive.pt", "w") as new:
+            for part, value in {**parts, name: content}.items(): new.writestr(part, value)
+        refused(("tiny-quickgelu", tmp_path / "archive.pt"), "archive.pt does not fit", "or is damaged")
+    torch.save({**state, "text_projection": Attack(target)}, tmp_path / "plain.pt")
+    refused(("tiny-quickgelu", tmp_path / "plain.pt"), "plain.pt does not fit", "or is damaged")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("place", ["text_cfg", "vision_cfg", "preprocess"])
+def test_a_folder_that_would_run_code_is_refused(place, tmp_path):
+    "Before a tokenizer or a model is made."
+    folder = tmp_path / "biomedclip"
+    write_biomedclip(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"].setdefault(place, {})["tokenizer_kwargs"] = [{"trust_remote_code": True}]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was here')!r}, 'w').close()")
+    refused((f"local-dir:{folder}",), str(folder), "would run Python code of its own (trust_remote_code")
+    assert not (tmp_path / "was here").exists()
 
 
 def test_quickgelu_of_published_weights():

@@ -9,6 +9,7 @@ __all__ = ['LAYER_PRESETS', 'PATHS', 'Config', 'config_to_dict', 'resolve_layers
 # %% ../../nbs/core/00_config.ipynb #7b4033b5
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,8 +37,8 @@ def _different(values):
 
 def _some_of(*names): return Annotated[tuple[Literal[names], ...], Strict(False), AfterValidator(_different)]
 
-_COUNT, _SHARE = Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, le=1)]
-_BETA = Annotated[float, Field(ge=0, lt=1)]
+_COUNT, _SIZE = Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0, le=4096)]  # of tensors that are made
+_SHARE, _BETA = Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, lt=1)]
 
 # %% ../../nbs/core/00_config.ipynb #fe7a9b6a
 class _Checked:
@@ -57,8 +58,8 @@ class _MapChoices(_Checked):
     prompts: Literal["signs", "states"] = "signs"  # of methods that draw maps; "states" such as "flawless", as in MVFA
     paths: Annotated[_some_of(*PATHS), Field(min_length=1)] = PATHS  # FusionCLIP-AD, Table 3: one of them, or both
     alpha: _SHARE = 0.5  # FusionCLIP-AD, Eq. (5): weight of "gal", the rest is that of "loc"; see run_fusion_tuning
-    prompt_length: _COUNT = 4  # FusionCLIP-AD: learned vectors in front of the object; 0 is its "fixed prompt"
-    prompt_sentences: _COUNT = 4  # sentences of each kind with learned vectors, evenly spaced; 0 = all, which is slow
+    prompt_length: _SIZE = 4  # FusionCLIP-AD: learned vectors in front of the object; 0 is its "fixed prompt"
+    prompt_sentences: _SIZE = 4  # sentences of each kind with learned vectors, evenly spaced; 0 = all, which is slow
     mvfa_faults: _some_of(*_FAULTS) = ()  # what a measurement with MVFA should not do, see `methods/13_mvfa`
 
 # %% ../../nbs/core/00_config.ipynb #bea4e42f
@@ -68,10 +69,10 @@ class Config(_MapChoices):
     backbone: Annotated[str, Field(min_length=1)] = "demo"  # or an open_clip name; the paper: ViT-L-14-quickgelu
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
     medclip: str = ""  # folder of MedCLIP's weights, see `methods/06_medclip`; empty leaves out its row
-    image_size: _COUNT = 0  # pixels; 0 = the backbone's own. The paper: 240
+    image_size: _SIZE = 0  # pixels; 0 = the backbone's own. The paper: 240
     layers: Annotated[object, AfterValidator(_known_layers)] = "quarters"  # see `resolve_layers`. Section 4.1
     lam: _SHARE = 0.8  # Eq. (2): share of the frozen stream; 0.8 is MVFA's, the paper gives no number
-    bottleneck: _COUNT = 0  # width between W1 and W2 of Eq. (1); 0 = 3/4 of the block's width (MVFA: 768 of 1024)
+    bottleneck: _SIZE = 0  # width between W1 and W2 of Eq. (1); 0 = 3/4 of the block's width (MVFA: 768 of 1024)
     text_adapter: bool = True  # Section 3.2: one adapter after the last block of the text encoder
     shots: Annotated[int, Field(ge=1)] = 1  # K images per category. Tables 2-3: 1
     normal_shots: Annotated[int, Field(ge=-1)] = -1  # normal images among the shots; -1 = as many as `shots`
@@ -153,19 +154,26 @@ def cache_folder(*parts: str) -> Path:  # made if it is not there; PermissionErr
 def write_atomically(
     path,  # the file to make; its folder is made too
     writer,  # called with a temporary path in the same folder, writes the content there
-) -> Path:  # PermissionError, with the remedy, where the folder cannot be written
+) -> Path:  # PermissionError, with the remedy, where it cannot be written
     "Write a file whole or not at all."
-    path = Path(path)
+    path, target, name = Path(path), Path(os.path.realpath(path)), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try: mode = target.stat().st_mode
+        except FileNotFoundError: mode = stat.S_IFREG
+        if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
+        suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
+        if stat.S_ISREG(mode): handle, name = tempfile.mkstemp(prefix=".", suffix=suffix, dir=target.parent)
     except OSError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}): "
-                              "choose another folder or change its rights") from error
+                              "choose another name or folder, or change its rights") from error
+    if name is None:  # a device or a pipe
+        writer(target)
+        return path
     os.close(handle)
     try:
         writer(Path(name))
         os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.replace(name, target)
     finally: Path(name).unlink(missing_ok=True)
     return path

@@ -7,6 +7,7 @@ __all__ = ['Support', 'Prediction', 'Detector', 'predict', 'SignDetector', 'trai
            'augmented', 'save', 'read_header', 'load']
 
 # %% ../../nbs/core/07_detector.ipynb #65daa587
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -101,11 +102,11 @@ def predict(
 class SignDetector(Detector):
     "Compare images with signs and the anchor: zero-shot CLIP. Eq. (6)-(8)"
     trained = False  # whether there are adapters
-    def __init__(self, clip: Clip, signs: SignSet, config: Config):
+    def __init__(self, clip: Clip, signs: SignSet, config: Config, width: int = 0):  # of the features; 0 = clip.joint
         super().__init__(clip, signs, config)
         self.adapters, count = make_adapters(clip, config) if self.trained else None, len(signs.texts)
-        self.register_buffer("sign_features", torch.zeros(count, clip.joint, device=clip.device))
-        self.register_buffer("anchor", torch.zeros(clip.joint, device=clip.device))
+        self.register_buffer("sign_features", torch.zeros(count, width or clip.joint, device=clip.device))
+        self.register_buffer("anchor", torch.zeros(width or clip.joint, device=clip.device))
         self.register_buffer("keep", torch.ones(count, dtype=torch.bool, device=clip.device))
 
     @property
@@ -166,21 +167,22 @@ def train(
     optimiser=None,  # Adam by default
     rate=None,  # function of the epoch, from 0 -> learning rate; None keeps the optimiser's
     stream=("batches",),  # names the generator that shuffles
-) -> tuple:  # loss before each step; ValueError where the loss is no longer finite
+) -> tuple:  # loss before each step; ValueError where the loss or the parameters are no longer finite
     "Minimise a loss over the shots."
     parameters, history, order = list(parameters), [], torch_generator(config.seed, *stream)
     optimiser = optimiser or torch.optim.Adam(parameters, config.learning_rate, betas=config.betas)
+    diverged = lambda what: ValueError(f"{what} at step {len(history)}: use a learning_rate below "
+                                       f"{optimiser.param_groups[0]['lr']:g}")
     for epoch in range(config.epochs):
         if rate: optimiser.param_groups[0]["lr"] = rate(epoch)
         for rows in torch.randperm(count, generator=order).split(config.batch_size or count):
             loss = loss_of(rows)
             history.append(loss.item())
-            if not math.isfinite(history[-1]):
-                raise ValueError(f"the loss is {history[-1]} at step {len(history)}: use a learning_rate below "
-                                 f"{optimiser.param_groups[0]['lr']:g}")
+            if not math.isfinite(history[-1]): raise diverged(f"the loss is {history[-1]}")
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
+    if not all(value.isfinite().all() for value in parameters): raise diverged("what is trained is no longer finite")
     return tuple(history)
 
 # %% ../../nbs/core/07_detector.ipynb #b8b808ce
@@ -251,34 +253,55 @@ def augmented(
     return Support(Features(support.features.clip, pixels), support.labels.repeat(times, 1), masks, known)
 
 # %% ../../nbs/core/07_detector.ipynb #26a100ab
-_FORMAT = "sdmad_nb detector 2"
+_FORMAT = "sdmad_nb detector 3"
+
+def _digest(text, state):  # header, tensors by name -> 64 hex digits
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(state.items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def _check_finite(state, remedy):  # ValueError
+    wild = [name for name, value in state.items() if not value.isfinite().all()]
+    if wild: raise ValueError(f"{wild[0]} has values that are not finite: {remedy}")
 
 def save(
     detector: Detector,
     path,  # of the safetensors file
     notes: dict = None,  # what else the file should say, in JSON's types
-) -> Path:  # the file written
+) -> Path:  # the file written; ValueError where a tensor is not finite
     "Write a fitted detector."
-    header = {"format": _FORMAT, "method": detector.method, "config": config_to_dict(detector.config),
-              "clip": detector.clip.name, "fingerprint": detector.clip.fingerprint, "signs": asdict(detector.signs),
-              "notes": notes or {}}
+    text = json.dumps({"format": _FORMAT, "method": detector.method, "config": config_to_dict(detector.config),
+                       "clip": detector.clip.name, "fingerprint": detector.clip.fingerprint,
+                       "signs": asdict(detector.signs), "notes": notes or {}})
     state = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
-    return write_atomically(path, lambda file: save_file(state, file, {"sdmad": json.dumps(header)}))
+    _check_finite(state, f"fit again, with a learning_rate below {detector.config.learning_rate:g}")
+    said = {"sdmad": text, "sha256": _digest(text, state)}
+    return write_atomically(path, lambda file: save_file(state, file, said))
 
 # %% ../../nbs/core/07_detector.ipynb #ea91216d
+def _read(path):  # -> header, tensors by name; FileNotFoundError; ValueError
+    if not Path(path).is_file(): raise FileNotFoundError(f"model {path} does not exist: check the path, or fit one")
+    try:
+        with safe_open(path, "pt") as stored: said = stored.metadata() or {}
+        if len(said["sdmad"]) > 2**24: raise ValueError("its header is longer than that of any detector")
+        header = json.loads(said["sdmad"])
+        if header["format"] != _FORMAT: raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+        state = load_file(path)  # maps the file into memory and copies nothing
+        if said.get("sha256") != _digest(said["sdmad"], state): raise ValueError("it was changed after it was saved")
+        _check_finite(state, "its training has failed")
+        texts = {name: str(header[name]) for name in ("method", "clip", "fingerprint")}
+        return {**texts, "config": Config(**header["config"]), "signs": SignSet(**header["signs"]),
+                "notes": dict(header["notes"])}, state
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep
+        raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
+
 def read_header(
     path,  # from `save`
 ) -> dict:  # method, config (Config), signs (SignSet), clip, fingerprint, notes; FileNotFoundError; ValueError
-    "Read what a detector's file says about itself, without its weights."
-    if not Path(path).is_file(): raise FileNotFoundError(f"model {path} does not exist: check the path, or fit one")
-    try:
-        with safe_open(path, "pt") as stored: header = json.loads((stored.metadata() or {})["sdmad"])
-        if header["format"] != _FORMAT: raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
-        texts = {name: str(header[name]) for name in ("method", "clip", "fingerprint")}
-        return {**texts, "config": Config(**header["config"]), "signs": SignSet(**header["signs"]),
-                "notes": dict(header["notes"])}
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
+    "Read what a detector's file says about itself, and check the file whole."
+    return _read(path)[0]
 
 # %% ../../nbs/core/07_detector.ipynb #3b6d84d2
 def load(
@@ -287,17 +310,22 @@ def load(
     kind,  # the class that was saved, a subclass of `Detector`
 ) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector onto the CLIP it was fitted on."
-    header = read_header(path)
+    header, state = _read(path)
     if header["fingerprint"] != clip.fingerprint:
         raise ValueError(f"{path} was fitted on backbone {header['clip']!r} ({header['fingerprint']}), not on "
                          f"{clip.name!r} ({clip.fingerprint}): "
                          "load that backbone, with the same weights and image size")
-    detector, state = kind(clip, header["signs"], header["config"]), load_file(path)
-    for name in dict(detector.named_buffers()).keys() & state.keys():
-        owner, _, leaf = name.rpartition(".")
-        setattr(detector.get_submodule(owner), leaf, state[name].clone().to(clip.device))  # clone: aligned in memory
-    try: detector.load_state_dict(state)
-    except RuntimeError as error:
+    try:
+        detector = kind(clip, header["signs"], header["config"])
+        for name, own in detector.state_dict().items():
+            value = state.get(name, own)
+            if value.dtype != own.dtype or own.numel() and value.shape != own.shape:
+                raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {own.dtype} {tuple(own.shape)}")
+        for name in dict(detector.named_buffers()).keys() & state.keys():
+            owner, _, leaf = name.rpartition(".")
+            setattr(detector.get_submodule(owner), leaf, state[name].clone().to(clip.device))  # aligned in memory
+        detector.load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} lacks weights, or has others than its configuration says "
                          f"({' '.join(str(error).split())}): fit it again") from error
     detector.method = header["method"]

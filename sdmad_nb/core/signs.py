@@ -64,8 +64,8 @@ def _texts(*names):  # fields that may stand in braces
     text = Annotated[str, Field(min_length=1), AfterValidator(sound)]
     return text, Annotated[tuple[text, ...], Field(min_length=1), AfterValidator(different)]
 
-# %% ../../nbs/core/01_signs.ipynb #02a76767
-_COLUMNS = (r"image|patient|split|mask|slice|series|volume|abnormal|sign \d+|.* (?:score|probability|margin)")
+# %% ../../nbs/core/01_signs.ipynb #eb8faa77
+_COLUMNS = r"image|patient|split|mask|slice|series|volume|abnormal|sign \d+|.* (?:score|probability|margin)"
 
 def name_fault(name: str) -> str:  # a remedy, or "" where the name can be used
     "Say why a category cannot have a name."

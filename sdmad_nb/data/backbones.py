@@ -6,7 +6,9 @@
 __all__ = ['load_clip', 'save_demo_clip', 'load_demo_clip', 'check_clip', 'resize_input']
 
 # %% ../../nbs/data/08_backbones.ipynb #24d69a65
+import io
 import json
+import pickle
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ def load_clip(
     pretrained = str(pretrained or "")
     check_clip(name, pretrained, image_size)
     if name == "demo": return load_demo_clip(device=device, cache=cache)
+    _check_code(name)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -77,12 +80,13 @@ def load_demo_clip(
 
 # %% ../../nbs/data/08_backbones.ipynb #bf924e1f
 def _is_torchscript(path):
-    if not zipfile.is_zipfile(path): return False
-    with zipfile.ZipFile(path) as archive: return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive: names = archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError): return False
+    return any(name.endswith("/constants.pkl") for name in names)
 
 def _from_torchscript(name, path):  # OpenAI's files hold the tensors of a plain CLIP, and three sizes
-    model = open_clip.model.CLIP(**open_clip.get_model_config(name))
-    state = torch.jit.load(path, map_location="cpu").state_dict()
+    model, state = open_clip.model.CLIP(**open_clip.get_model_config(name)), _read_torchscript(path)
     sizes = ("input_resolution", "context_length", "vocab_size")
     model.load_state_dict({key: value for key, value in state.items() if key not in sizes})
     return model
@@ -168,3 +172,54 @@ def resize_input(
         visual.positional_embedding = torch.nn.Parameter(state["visual.positional_embedding"])
     elif hasattr(visual, "trunk") or hasattr(visual, "transformer"):
         raise ValueError("the image encoder of this model has one input size: leave image_size at 0")
+
+# %% ../../nbs/data/08_backbones.ipynb #cd30b3f0
+class _Held:
+    "Remember what an archive says about an object, and do nothing with it."
+    state, parts = None, ()
+    def __init__(self, *parts): self.parts = parts
+    def __setstate__(self, state): self.state = state
+
+    def tensors(self, prefix=""):  # yields name, storage, offset, size, stride; each object once
+        state, self.state = self.state, {}
+        for name, value in state.items():
+            if not isinstance(value, _Held): continue
+            if value.state is not None: yield from value.tensors(f"{prefix}{name}.")
+            elif len(value.parts) > 3: yield f"{prefix}{name}", *value.parts[:4]
+
+class _Unpickler(pickle.Unpickler):
+    "Put a `_Held` in place of all classes and functions."
+    def persistent_load(self, storage): return storage  # "storage", its type, key, device and length
+    def find_class(self, module, name):
+        if module.split(".")[0] not in ("__torch__", "torch", "collections"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place among weights")
+        return name if module == "torch" and name.endswith("Storage") else _Held
+
+# %% ../../nbs/data/08_backbones.ipynb #9a5e6a4d
+def _read_torchscript(path):  # -> {name: tensor}, as of `torch.jit.load(path).state_dict()`
+    state, storages = {}, {}
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
+        def read(name):
+            entry = archive.getinfo(f"{root}/{name}")
+            if entry.compress_type == zipfile.ZIP_STORED: return archive.read(entry)
+            raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+        held = _Unpickler(io.BytesIO(read("data.pkl"))).load()
+        for name, (_, kind, key, *_), offset, size, stride in held.tensors():
+            if key not in storages:
+                dtype = getattr(torch, kind.removesuffix("Storage").lower())
+                storages[key] = torch.frombuffer(bytearray(read(f"data/{key}")), dtype=dtype)
+            state[name] = storages[key].as_strided(size, stride, offset)
+    return state
+
+# %% ../../nbs/data/08_backbones.ipynb #1f1ca902
+def _asks_for_code(config):  # parsed JSON
+    if isinstance(config, list): return any(map(_asks_for_code, config))
+    if not isinstance(config, dict): return False
+    return bool(config.get("trust_remote_code")) or any(map(_asks_for_code, config.values()))
+
+def _check_code(name):  # ValueError, ConnectionError
+    try: asks = _asks_for_code(open_clip.get_model_config(name))
+    except Exception as error: raise _loading_error(name, "", error) from error
+    if asks: raise ValueError(f"backbone {name!r} would run Python code of its own (trust_remote_code in its "
+                              "open_clip_config.json): take the entry out and use a tokenizer of transformers itself")

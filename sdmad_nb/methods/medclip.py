@@ -125,7 +125,7 @@ class MedClipDetector(SignDetector):
     "Compare images with signs and the anchor through MedCLIP's encoders. Wang et al. 2022"
     def __init__(self, clip: Clip, signs: SignSet, config: Config):  # ValueError where `config.medclip` is empty
         if not config.medclip: raise ValueError(MEDCLIP_NOTE)
-        super().__init__(clip, signs, config)
+        super().__init__(clip, signs, config, width=512)
         self.medclip = load_medclip(config.medclip, clip.device)
 
     def read_signs(self):

@@ -33,8 +33,9 @@ def _join_levels(features, weights):  # (..., paths, L, n, D), any length; one p
 class SignMapDetector(SignDetector):
     "Compare FusionCLIP-AD's patches with SD-MAD's signs."
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
-        super().__init__(clip, signs, config)
-        self.blocks, self.weights = resolve_layers(config.layers, clip.depth), path_weights(config.paths, config.alpha)
+        blocks, weights = resolve_layers(config.layers, clip.depth), path_weights(config.paths, config.alpha)
+        super().__init__(clip, signs, config, width=len(weights) * len(blocks) * clip.joint)
+        self.blocks, self.weights = blocks, weights
         self.adapt_levels = LevelAdapters(clip.image.width, clip.joint, self.blocks, config.paths,
                                           seed=config.seed).to(clip.device)
 
