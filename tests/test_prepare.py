@@ -17,8 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from sdmad_nb.data import fastmri
 from sdmad_nb.data.fastmri import annotation_counts, fastmri_plus, label_rows, read_annotations
 from sdmad_nb.data.folder import read_boxes, read_dataset, validate
-from sdmad_nb.data.images import DataError
-from sdmad_nb.data.pixels import ImageReader
+from sdmad_nb.data.images import DataError, ImageReader
 from sdmad_nb.data.prepare import prepare
 from sdmad_nb.data.writer import read_preparation
 
@@ -96,7 +95,7 @@ def small(tmp_path):
     rows = [f"{name},5,No,3,3,9,9,{'Craniotomy' if i % 2 else 'Dural thickening'}" for i, name in enumerate(names[:4])]
     table.write_text("\n".join(["file,slice,study_level,x,y,width,height,label", *rows]))
     listed.write_text("\n".join(names))
-    return ["fastmri-plus", "--images", images, "--annotations", table, "--file-list", listed, "--slices", 5, "--out"]
+    return ["fastmri-plus", "--slices=5", images, table, listed]
 
 
 def test_killed_again_and_again_it_ends_the_same(small, tmp_path):
@@ -138,7 +137,7 @@ def test_scans_and_pictures_become_the_same_bytes_without_names(tmp_path):
     volume = nibabel.Nifti1Image(np.random.default_rng(0).random((20, 24, 3)), np.diag([-1, 1, 2, 1.0]))
     nibabel.save(volume, tmp_path / "mine/spot/v.nii.gz")
     for out, salt in (("a", "s"), ("b", "s"), ("c", "t")):
-        words = ["--images", tmp_path / "mine", "--slices", 0, 2, "--salt", salt, "--out", tmp_path / out]
+        words = [tmp_path / "mine", tmp_path / out, "--slices", 0, 2, "--salt", salt]
         assert command("own-folder", *words) == 0
     first, again, other = (tree(tmp_path / name) for name in "abc")
     assert first == again and set(first) & set(other) == {"labels.csv", "preparation.json"}
@@ -158,16 +157,17 @@ def refused(capsys, says, *words):
 
 def test_what_cannot_be_done_is_refused_before_anything_is_written(small, tmp_path, capsys):
     broken = tmp_path / "volumes" / "a_b_c_3.h5"
-    whole, own = broken.read_bytes(), ["own-folder", "--images", tmp_path]
+    (tmp_path / "empty").mkdir()
+    whole, own = broken.read_bytes(), ["own-folder", tmp_path, tmp_path / "out"]
     broken.write_bytes(whole[:2000])
     refused(capsys, broken.name, *small, tmp_path / "out")
     broken.write_bytes(whole)
     for more, says in [(["--contrasts", "AXT2"], "AXT2"), (["--slices", 10], "no image has a finding")]:
         refused(capsys, says, *small, tmp_path / "out", *more)
-    for words, says in [([*own, "--plane", "top", "--size", 3], "size is 3"), (own, "no file ending in"),
+    for words, says in [([*own, "--plane", "top", "--size", 3], "size is 3"), ([own[0], tmp_path / "empty", own[2]], "no file ending in"),
                         ([*own, "--mask-column", "m"], "give --labels"), (["bmad", *own[1:]], "set kind to one of")]:
-        refused(capsys, says, *words, "--out", tmp_path / "out")
-    for words, says in [(["fastmri-plus"], "--images"), ([*small, "out", "--slices", "five"], "int value: 'five'")]:
+        refused(capsys, says, *words)
+    for words, says in [(["fastmri-plus"], "images"), ([*small, "out", "--slices", "five"], "int value: 'five'")]:
         with pytest.raises(SystemExit, match="2"): command(*words)
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
