@@ -6,81 +6,55 @@
 __all__ = ['MapDetector']
 
 # %% ../../nbs/methods/12_level_maps.ipynb #317a3126
-from dataclasses import replace
-from functools import partial
-
 import torch
 from fastcore.basics import patch
 
-from ..core.clip import Clip, Features
-from ..core.config import Config
-from ..core.detector import Detector, Prediction, Support, augmented, train
-from ..core.signs import SignSet
+from ..core.clip import patches_of
+from ..core.detector import Prediction, Support, augmented, train
 from .maps import combine_branches, patch_memory, value_ranges
 from .prompt_ensembles import read_text
+from .registry import Learner
 
 # %% ../../nbs/methods/12_level_maps.ipynb #ef09c412
-class MapDetector(Detector):
+class MapDetector(Learner):
     "Average a text branch with a memory of normal patches. Huang et al. 2024"
-    def __init__(self, clip: Clip, signs: SignSet, config: Config):
-        super().__init__(clip, signs, config)
-        for name in ("normal", "abnormal", "memory"): self.register_buffer(name, torch.zeros(0, device=clip.device))
-        self.register_buffer("ranges", torch.zeros(4, 2, device=clip.device))
-        self.register_buffer("by_map", torch.tensor(False, device=clip.device))  # whether maps were trained
-
-    @classmethod
-    def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        _check_faults(config)
-        return cls(clip, signs, config).learn(support)
-
+    kept = ("normal", "abnormal", "memory", "ranges", "by_map")  # text, patches, (4, 2), whether maps were trained
+    test = None  # the test set, of an oracle
     def make_text(self):  # the frozen text features in every step, unless a method learns prompts
         found = read_text(self.clip, self.signs, self.config.prompts)
         return lambda: found, []
+
+    def memory_patches(self, tokens): return patches_of(self.clip, tokens)  # (B, ..., P, W)
 
     def optimise(self, loss_of, parameters, count, finish) -> tuple:  # loss before each step
         return train(loss_of, parameters, count, self.config)
 
     @torch.no_grad()
-    def predict(self, features: Features, maps: bool = True) -> Prediction:
+    def predict(self, features, maps: bool = True) -> Prediction:
         return combine_branches(self.branches(self.tokens(features)), self.ranges, self.by_map, maps)
 
 # %% ../../nbs/methods/12_level_maps.ipynb #648edbfd
+TEST_FAULTS = ("best-epoch-on-test", "test-set-min-max")  # in `Config.mvfa_faults`
+
 @patch
-def learn(
-    self: MapDetector,
-    support: Support,  # of normal and abnormal images
-) -> MapDetector:  # itself
+def learn(self: MapDetector, support: Support):  # of normal and abnormal images
     "Train on the shots, and keep what a prediction needs."
+    for fault in TEST_FAULTS:
+        if fault in self.config.mvfa_faults and self.test is None:
+            raise ValueError(f"{fault!r} in mvfa_faults looks at the test set: leave it out, or choose the method "
+                             "mvfa-as-released, which is an oracle")
     shots, (text, trained) = augmented(support, self.config.augment), self.make_text()
-    if shots.masks is not None: shots = replace(shots, masks=(shots.masks >= 0.5).float())
     tokens = self.tokens(shots.features)
     loss_of = lambda rows: self.loss(tokens[rows], shots[rows], text())
-    finish = partial(self.finish, tokens, shots, len(support), text)
+    finish = lambda: self.finish(tokens, shots, len(support), text)
     self.history = self.optimise(loss_of, [*self.parameters(), *trained], len(shots), finish)
     finish()
-    return self
 
-# %% ../../nbs/methods/12_level_maps.ipynb #17a5240c
 @patch
 @torch.no_grad()
-def finish(
-    self: MapDetector,
-    tokens: torch.Tensor,  # (K, ...), images first, then their variants
-    shots: Support,  # of the same images
-    plain: int,  # how many of them are no variants
-    text,  # function that gives `TextFeatures`
-):
-    "Keep the text features, the memory and the scales."
+def finish(self: MapDetector, tokens, shots: Support, plain: int, text):
+    # tokens of all shots, `plain` images first, then their variants; function that gives `TextFeatures`
     self.normal, self.abnormal = text().normal, text().abnormal
     self.memory = patch_memory(self.memory_patches(tokens[shots.abnormal == 0]))
     self.by_map = torch.tensor(shots.masks is not None, device=self.clip.device)
     self.ranges = value_ranges(self.branches(tokens[:plain][shots.abnormal[:plain] == 1]))
-
-# %% ../../nbs/methods/12_level_maps.ipynb #d8a83e72
-_TEST_FAULTS = ("best-epoch-on-test", "test-set-min-max")
-
-def _check_faults(config):  # ValueError
-    for fault in _TEST_FAULTS:
-        if fault in config.mvfa_faults:
-            raise ValueError(f"{fault!r} in mvfa_faults looks at the test set: leave it out, or choose the method "
-                             "mvfa-as-released, which is an oracle")
