@@ -31,7 +31,7 @@ from ..data.images import DataError, ImageFiles
 from ..data.open_data import open_data
 from ..data.splits import draw_split, indices
 from ..data.support import read_features, read_support
-from ..lab.evaluation import check_truth, evaluate, read_truth
+from ..lab.evaluation import Truth, check_truth, evaluate
 from ..lab.tables import FINDING_METRICS, MAP_METRICS, PLACE_METRICS
 from ..methods.registry import Method, find_method, find_methods, load_detector
 
@@ -236,7 +236,7 @@ def evaluate(
 ) -> pd.DataFrame:  # index metric; value, low, high in [0, 1]; DataError, ValueError where nothing can be measured
     "Measure how good the model is, as the tables do."
     calibration, dataset = _decides(self, calibrated), _open_tests(data, self.detector)
-    truth = read_truth(dataset, _tested_rows(dataset, set(self.learned)))
+    truth = Truth(dataset, _tested_rows(dataset, set(self.learned)))
     if maps: self.check_maps(), check_truth(truth, ["pixels"])
     features = read_features(dataset, truth.rows, self.detector.clip)
     said = predict(self.detector, features, maps=maps)
