@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 
@@ -21,7 +22,7 @@ from ..data.splits import indices
 from ..data.support import read_masks
 from .benchmark import check_seeds, run_all, split_of
 from .evaluation import Truth, check_truth
-from .plots import COLOURS, dots_per_seed
+from .plots import COLOURS
 from .records import flat, results_folder
 from .tables import paper_table, write_tables
 from ..methods.registry import find_method, find_methods
@@ -163,18 +164,23 @@ def dots_figure(
     long: pd.DataFrame,  # from `long_table`
     metrics: dict,  # metric -> what it is called; one panel each
     ours: tuple = (),  # methods to be set off
+    colours: dict = None,  # title -> colour; None takes those of the methods' groups
 ):  # the figure
     "Show each seed of each method; the dotted line is the best of the trivial ones."
     methods = {name: method for name, method in find_methods().items() if name in set(long.method)}
-    colours = {method.title: COLOURS["yes" if name in ours else method.group] for name, method in methods.items()}
     trivial = [name for name, method in methods.items() if method.group == "trivial" and not method.oracle]
-    size = (3.1 * len(metrics), 0.9 + 0.4 * len(colours))
+    colours = colours or {one.title: COLOURS["yes" if name in ours else one.group] for name, one in methods.items()}
+    size, look = (3.1 * len(metrics), 0.9 + 0.4 * len(colours)), dict(legend=False, jitter=0.12, size=5, alpha=0.7)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False)
     for ax, (metric, name) in zip(axes[0], metrics.items()):
-        part = long[(long.metric == metric) & long.value.notna()]
-        best = part[part.method.isin(trivial)].groupby("method").value.mean().max()
-        shown = part[["title", "value"]].rename(columns={"title": "method"})
-        dots_per_seed(ax, shown, colours, None if np.isnan(best) else best).set(xlabel=f"{name} (%)")
+        part = long[(long.metric == metric) & long.value.notna()].assign(percent=lambda rows: 100 * rows.value)
+        sns.stripplot(part, x="percent", y="title", hue="title", palette=colours, ax=ax, **look)
+        for place, (_, values) in enumerate(part.groupby("title", sort=False).percent):
+            ax.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color="black", linewidth=2)
+        floor = part[part.method.isin(trivial)].groupby("method").percent.mean().max()
+        if not np.isnan(floor): ax.axvline(floor, color="black", linestyle=":", linewidth=1)
+        ax.set(xlabel=f"{name} (%)", ylabel="")
+        ax.grid(axis="x", alpha=0.3)
     figure.suptitle(f"{experiment.label}: {experiment.heading}", fontsize=10)
     figure.tight_layout()
     return experiment.save(figure)
