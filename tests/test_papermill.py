@@ -9,10 +9,16 @@ import sys
 import termios
 
 import nbformat
+import papermill
 import pytest
-from conftest import BIN, run
+from conftest import BIN, EXPERIMENTS, notebook_name, run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
+from sdmad_nb.app.papermill_engine import engine
+
+RUNS = [path for path in EXPERIMENTS if path.name.startswith("run_")]
 PAPERMILL = str(BIN / "papermill")
 WORKING = "import sys\nprint('working', file=sys.stderr)"  # stands for a progress bar in a cell
 
@@ -128,6 +134,33 @@ def test_questions_are_left_alone(project):
         done = run(PAPERMILL, *words, cwd=project)
         assert done.returncode == 0 and answer in done.stdout, done.stderr
     assert not (project / "results").exists()
+
+
+@pytest.mark.parametrize("words", [["-p", "slcie", "5"], ["-y", "slcie: 5"], ["-p", "slice", "5", "-f", "file.yaml"],
+                                   ["mine.ipynb", "-r", "slcie", "5"]], ids=" ".join)
+def test_a_misspelt_parameter_is_refused(project, words):
+    "Before a cell has run, in one sentence, whichever option gives it and wherever the executed notebook should go."
+    (project / "file.yaml").write_text("slcie: 5")
+    done = run(PAPERMILL, "nbs/run_tiny.ipynb", *words, cwd=project)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "no parameter 'slcie', the nearest is 'slice'" in last, done.stderr
+    assert "Traceback" not in done.stderr and not list(project.rglob("*-slcie*.ipynb")) + list(project.glob("mine.ipynb"))
+
+
+def test_paths_can_be_injected_and_other_notebooks_take_any_parameter(project):
+    for words in (["nbs/run_tiny.ipynb", "--inject-paths"], ["nbs/other.ipynb", "mine.ipynb", "-p", "slcie", "5"]):
+        done = run(PAPERMILL, *words, cwd=project)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("notebook", RUNS, ids=notebook_name)
+def test_parameters_of_an_experiment_are_explained_and_checked(notebook):
+    "`papermill --help-notebook` shows a type and a help for each; a name that is none of them is refused."
+    told = papermill.inspect_notebook(str(notebook))
+    assert told and all(one["inferred_type_name"] != "None" and one["help"].strip() for one in told.values()), told
+    book = parameterize_notebook(load_notebook_node(str(notebook)), {**dict.fromkeys(told, 0), "reslts": 0})
+    with pytest.raises(SystemExit, match="no parameter 'reslts', the nearest is 'results'"):
+        engine.execute_notebook(book, "python3")
 
 
 def test_papermill_as_a_library(project):

@@ -36,7 +36,7 @@ from ..data.images import DataError, ImageReader, Pixels
 from ..data.open_data import open_data
 from ..data.splits import draw_split, indices
 from ..data.support import read_features, read_support
-from ..lab.evaluation import check_truth, evaluate, read_truth
+from ..lab.evaluation import Truth, check_truth, evaluate
 from ..lab.tables import FINDING_METRICS, MAP_METRICS, PLACE_METRICS
 from ..methods.registry import Method, find_method, find_methods, load_detector
 
@@ -294,7 +294,7 @@ def evaluate(
     "Measure how good the model is, as the tables do."
     calibration, dataset = _decides(self, calibrated), _open_tests(data, self.detector, self.origin)
     rows, notes = _tested_rows(dataset, self.origin)
-    truth = read_truth(dataset, rows)
+    truth = Truth(dataset, rows)
     if maps: self.check_maps(), check_truth(truth, ["pixels"])
     features = read_features(dataset, truth.rows, self.detector.clip)
     said = predict(self.detector, features, maps=maps)
