@@ -191,7 +191,7 @@ def _prepare(context: Context):
     from sdmad_nb.data.prepare import prepare
     raise Exit(prepare(context.args))
 
-# %% ../../nbs/app/02_command_line.ipynb #35832f14
+# %% ../../nbs/app/02_command_line.ipynb #0f165f55
 _group = Typer(no_args_is_help=True, help="Start a sign file, and see what a backbone makes of it.")
 app.add_typer(_group, name="signs")
 _Folder = Annotated[str, Argument(metavar="FOLDER", help="a data-set folder")]
@@ -212,7 +212,7 @@ def _new(
           "\"signs\". Go on with\n"
           f"  sdmad signs check {folder}", file=sys.stderr)
 
-# %% ../../nbs/app/02_command_line.ipynb #6063a0a6
+# %% ../../nbs/app/02_command_line.ipynb #e5ebbeae
 @partial(_command, app=_group)
 def _check(
     folder: _Folder,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_signs', 'sign_request', 'frozen_signs', 'sign_report', 'dropped_signs', 'draw_signs', 'describe_signs']
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #9103a66e
+# %% ../../nbs/app/00_3_sign_tools.ipynb #141d8063
 import json
 import os
 from dataclasses import asdict
@@ -27,7 +27,7 @@ from ..data.folder import RESERVED
 from ..data.images import DataError
 from ..data.open_data import signs_file
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #1e1a2592
+# %% ../../nbs/app/00_3_sign_tools.ipynb #e3826a53
 def _findings(folder):  # -> C names; DataError
     table = Path(folder) / "labels.csv"
     try: header = pd.read_csv(table, header=None, nrows=1, dtype=str, keep_default_na=False, encoding="utf-8-sig")
@@ -38,7 +38,7 @@ def _findings(folder):  # -> C names; DataError
     if found and "image" in names: return found
     raise DataError(f"{table} has the header {', '.join(names)}: write image,patient,<finding>,... separated by commas")
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #21a2697a
+# %% ../../nbs/app/00_3_sign_tools.ipynb #6f5b0f05
 _NORMALS = ("a normal {object}", "a normal {object} without any abnormality", "an unremarkable {object}",
             "a photo of a normal {object}", "the {object} of a healthy person")
 _TEMPLATES = tuple(f"{view} {ending}" for ending in ("with {sign}", "showing {sign}", "with evidence of {sign}")
@@ -56,7 +56,7 @@ def new_signs(
     text = json.dumps({**asdict(sound), "signs": {name: [] for name in names}}, indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8", newline="\n"))
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #14ac5b22
+# %% ../../nbs/app/00_3_sign_tools.ipynb #a95c4339
 def sign_request(
     findings,  # C names
     object: str,  # what the images show
@@ -86,7 +86,7 @@ Answer with one JSON object in this form and nothing else, with the findings spe
 {answer}
 }}"""
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #3ad1047f
+# %% ../../nbs/app/00_3_sign_tools.ipynb #ddfe3e66
 def frozen_signs(
     folder,  # of the data set; no image is opened
     clip: Clip,
@@ -104,7 +104,7 @@ def frozen_signs(
     if long: raise SignError(f"{file} has signs that are too long for {clip.name}, which reads {limit} tokens", long)
     return SignDetector.fit(None, clip, chosen, Config())
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #fe04f825
+# %% ../../nbs/app/00_3_sign_tools.ipynb #fffb8d5a
 def _unseen(clip, text):  # -> the words that have a token whose vector is zero
     special = set(clip.tokenizer([""])[0].tolist())  # start, end and padding
     def unseen(word):
@@ -113,7 +113,7 @@ def _unseen(clip, text):  # -> the words that have a token whose vector is zero
         return bool((vectors == 0).all(dim=1).any())
     return [word for word in dict.fromkeys(text.split()) if unseen(word)]
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #785112ef
+# %% ../../nbs/app/00_3_sign_tools.ipynb #67ef9795
 def sign_report(
     detector: SignDetector,  # from `frozen_signs`, or fitted
 ) -> pd.DataFrame:  # a row for each sign: finding, sign, never seen, nearest sign, which is of, cosine, dropped
@@ -136,7 +136,7 @@ def dropped_signs(
     table = table[table.dropped].rename(columns={"sign": "dropped sign", "finding": "of"})
     return table[["dropped sign", "of", "nearest sign", "which is of"]].reset_index(drop=True)
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #3c390c33
+# %% ../../nbs/app/00_3_sign_tools.ipynb #970c9597
 def draw_signs(
     ax,
     detector: SignDetector,  # as for `sign_report`
@@ -157,7 +157,7 @@ def draw_signs(
     ax.tick_params(labelsize=9, rotation=0, length=0)
     return ax
 
-# %% ../../nbs/app/00_3_sign_tools.ipynb #d4683109
+# %% ../../nbs/app/00_3_sign_tools.ipynb #d2d7216f
 def describe_signs(
     detector: SignDetector,  # as for `sign_report`
     near: float = 0.95,  # a cosine from which two signs are nearly equal
