@@ -113,14 +113,13 @@ def notebook(path, links):
     return book
 
 
-def contents(text):  # of the index
-    "List the notebooks as tables of contents: by their rooms, and the rest in the order of the index."
-    order = list(dict.fromkeys(re.findall(r"\]\(([\w/]+)\.ipynb\)", text)))
-    order += [name for name in NOTEBOOKS if name not in order and name != "index"]
-    inside = lambda folder: sorted(name for name in order if name.startswith(f"{folder}/"))
-    groups = {"Start here": [name for name in order if "/" not in name and not name.startswith(("run_", "train_"))],
-              "Tutorials": inside("tutorials"), **{f"{room.capitalize()}": inside(room) for room in ROOMS},
-              "Experiments": [name for name in order if name.startswith(("run_", "train_"))],
+def contents():
+    "List the notebooks as tables of contents, by the folders that they are in and by nothing that is said of them."
+    inside = lambda folder: [name for name in NOTEBOOKS if name.startswith(f"{folder}/")]
+    top = [name for name in NOTEBOOKS if "/" not in name and name != "index"]
+    experiments = [name for name in top if name.startswith(("run_", "train_"))]
+    groups = {"Start here": [name for name in top if name not in experiments], "Tutorials": inside("tutorials"),
+              **{room.capitalize(): inside(room) for room in ROOMS}, "Experiments": experiments,
               "Reference": ["api/index"], "Project": [page.removesuffix(".md") for page in PAGES]}
     return "\n\n".join("\n".join([":::{toctree}", ":hidden:", f":caption: {caption}", "", *names, ":::"])
                        for caption, names in groups.items())
@@ -236,9 +235,7 @@ def write_pages(folder):
     shutil.copytree(ROOT / "nbs" / "figures", folder / "figures", ignore=shutil.ignore_patterns("*.md"))
     for name, path in NOTEBOOKS.items():
         book = notebook(path, links)
-        if name == "index":
-            text = "\n".join(cell.source for cell in book.cells)
-            book.cells.append(nbformat.v4.new_markdown_cell(contents(text), id="contents"))
+        if name == "index": book.cells.append(nbformat.v4.new_markdown_cell(contents(), id="contents"))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(book, folder / f"{name}.ipynb")
     for page in PAGES:

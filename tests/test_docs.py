@@ -71,6 +71,18 @@ def test_every_notebook_has_a_page(site, notebook):
         else: assert line.replace(" ", "") in page.replace(" ", ""), f"not shown: {line}"
 
 
+def test_the_sidebar_files_notebooks_by_their_folders(site):
+    "Whatever the index or a notebook says of another, with or without a slash: each stands once, under its own heading."
+    sidebar = (site[0] / "index.html").read_text(encoding="utf-8").partition('class="sidebar-tree"')[2].partition("</aside>")[0]
+    names, filed = {notebook_name(path) for path in NOTEBOOKS} - {"index"}, {}
+    for part in sidebar.split('class="caption"')[1:]:
+        caption = re.search(r'"caption-text">([^<]+)<', part)[1]
+        for page in re.findall(r'href="([^"#]+)\.html"', part):
+            if page in names: filed.setdefault(page, []).append(caption)
+    top = lambda name: "Experiments" if name.startswith(("run_", "train_")) else "Start here"
+    assert filed == {name: [name.partition("/")[0].capitalize() if "/" in name else top(name)] for name in names}
+
+
 def test_every_public_name_is_in_the_reference(site):
     ids = set().union(*(page.ids for name, page in site[1].items() if name.startswith("api/")))
     names = {word: module.stem for module in MODULES for node in ast.parse(module.read_text(encoding="utf-8")).body

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -191,7 +192,49 @@ def test_interrupted_it_leaves_no_file(fitted, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["prepare", "--help"]])
+def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
+    "From the header of labels.csv alone; nothing in the file is about other images."
+    (tmp_path / "labels.csv").write_text('\ufeffimage,patient,"Mass, left",effusion,mask\r\n', encoding="utf-8")
+    begun = sdmad("signs", "new", tmp_path, "--object", "chest X-ray")
+    assert begun.returncode == 0 and "- Mass, left\n- effusion\n" in begun.stdout and "chest X-ray" in begun.stdout
+    file = tmp_path / "signs.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values["signs"] == {"Mass, left": [], "effusion": []} and len(values["templates"]) == 15
+    assert not {"brain", "retina", "fundus", "MR"} & set(file.read_text(encoding="utf-8").split())
+    again = sdmad("signs", "new", tmp_path, "--object", "brain")
+    assert again.returncode == 1 and "is there already" in again.stderr and json.loads(file.read_text()) == values
+    for words in (["signs", "check", tmp_path], ["fit", tmp_path, "-o", tmp_path / "x.safetensors"]):
+        done = sdmad(*words)
+        assert done.returncode == 1 and "'effusion' is []: write at least one" in done.stderr and done.stdout == ""
+    answer = json.loads("{" + begun.stdout.partition("\n{")[2])  # the form that a language model is asked for
+    candidates = {name: [f"a dark {name} shape", "a bright rim", "a grey veil"] for name in answer}
+    signs = {name: texts[:2] for name, texts in candidates.items()}
+    file.write_text(json.dumps({**values, "candidates": candidates, "signs": signs}))
+    done = sdmad("signs", "check", tmp_path, "-o", tmp_path / "signs.png")
+    assert done.returncode == 0 and Image.open(tmp_path / "signs.png").size > (500, 300), done.stderr
+    assert "never seen: Mass, left" in done.stdout and "an abnormal photo of the [chest] [X-ray] with" in done.stdout
+    assert done.stdout.count("  1.00 to ") == 2 and "2 would be dropped" in done.stdout  # the rim, of both
+    file.write_text(json.dumps({**values, "signs": {**signs, "effusion": ["word " * 80, "veil " * 90]}}))
+    done = sdmad("signs", "check", tmp_path)
+    assert done.returncode == 1 and done.stderr.count("tokens in its prompts: shorten it") == 2 and done.stdout == ""
+
+
+COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["signs"], ["signs", "new"], ["signs", "check"]]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_is_whole(words):
+    "Every option and command has its sentence, nothing is cut off, and no other way to start a command is named."
+    done = sdmad(*words, "--help")
+    said = done.stdout.partition("\n\n")[2]  # behind the usage
+    assert done.returncode == 0 and "...\n" not in said and "python -m" not in said, said
+    for section in ("Options:", "Commands:", "Arguments:"):
+        lines = said.partition(section)[2].partition("\n\n")[0].splitlines()[1:]
+        entries = [line for line in lines if not line.startswith("   ")]
+        assert all(re.match(r"  \S+(?: \S+)*  +\S", line) for line in entries), f"without a sentence: {entries}"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["prepare", "--help"], ["signs", "new", "--help"]])
 def test_help_does_not_wait_for_torch(words):
     "Asked of the modules that were imported, not of a clock."
     code = f"code = shell({words}); sys.exit(code or 'torch' in sys.modules)"

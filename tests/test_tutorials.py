@@ -32,6 +32,13 @@ def test_a_tutorial_can_be_read_without_running_it(notebook):
     assert len(asserts) >= 5, "a tutorial asserts what it says"
 
 
+def test_the_shell_lines_that_a_tutorial_begins_with_are_those_that_it_runs():
+    cells = nbformat.read(ROOT / "nbs" / "tutorials" / "2_your_own_folder.ipynb", as_version=4).cells
+    lines = re.search(r"```sh\n(.*?)```", cells[0].source, re.S)[1].splitlines()
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert len(lines) == 4 and all(f'run("{line}") == 0' in code for line in lines)
+
+
 def test_the_readme_leads_to_every_tutorial():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(TUTORIALS) == 5 and all(f"(nbs/{notebook_name(path)}.ipynb)" in readme for path in TUTORIALS)

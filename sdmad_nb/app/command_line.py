@@ -10,7 +10,7 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -23,9 +23,12 @@ app = Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enabl
 
 @app.callback()
 def _about():
-    "Find several anomalies in medical images, from a few labelled ones. Research software, no medical device."
+    """Find several anomalies in medical images, from a few labelled ones. Research software, no medical device.
 
-def _command(function):  # one of the commands of `app`
+    On images of your own: prepare, signs new, fit, predict, evaluate. The command demo makes images to try them on.
+    """
+
+def _command(function, app=app):  # one of its commands
     @app.command(function.__name__.strip("_"))
     @wraps(function)
     def run(*args, **options):
@@ -47,11 +50,18 @@ def shell(
     return 0
 
 # %% ../../nbs/app/02_command_line.ipynb #ba494992
-_Model = Annotated[str, Argument(help="file from sdmad fit")]
-_Output = Annotated[str, Option("--output", "-o", help="CSV file; standard output where it is left out")]
-_Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold of a model with --sensitivity")]
-_Moved = Annotated[str, Option(help="where the backbone's checkpoint lies now, if it is a file that has moved")]
-_Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps")]
+_Model = Annotated[str, Argument(metavar="MODEL", help="file that sdmad fit has written")]
+_Output = Annotated[str, Option("--output", "-o", metavar="FILE", help="table as CSV; printed where it is left out")]
+_Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold that fit --sensitivity has set")]
+_Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, where their file has moved since the fit")]
+_Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
+_Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "
+                                                    "where it is left out")]
+_Backbone = Annotated[str, Option(metavar="NAME", help="the CLIP model: demo, which has only seen synthetic heads, or "
+                                                       "a name that open_clip knows, such as ViT-L-14-quickgelu")]
+_Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights: a file, or a name that open_clip "
+                                                         "knows, such as openai; demo has its own")]
+_ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
 
 def _write_csv(tables, target):  # file name, or an open file
     from sdmad_nb.core.config import write_atomically
@@ -65,21 +75,23 @@ def _write_csv(tables, target):  # file name, or an open file
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf868
 @_command
 def _fit(
-    data: Annotated[str, Argument(help="a data-set folder (see sdmad prepare), or demo")],
-    output: Annotated[str, Option("--output", "-o", help="the model's file, such as mine.safetensors")],
-    shots: Annotated[int, Option(help="labelled images to draw for each finding; all where it is left out")] = None,
-    method: Annotated[str, Option(help="a name that sdmad methods lists")] = "sd-mad",
-    seed: Annotated[int, Option(help="draws shots and first weights")] = 0,
-    signs: Annotated[str, Option(help="a packaged preset or a file; the folder's signs.json where left out")] = "",
-    sensitivity: Annotated[float, Option(help="share of positives that a calibrated threshold should find")] = None,
-    backbone: Annotated[str, Option(help="demo, or an open_clip name such as ViT-L-14-quickgelu")] = None,
-    pretrained: Annotated[str, Option(help="open_clip tag such as openai, or a checkpoint file")] = None,
-    image_size: Annotated[int, Option(help="input size in pixels")] = None,
-    epochs: Annotated[int, Option(help="steps through the images")] = None,
-    lam: Annotated[float, Option(help="share of the frozen stream, in [0, 1]")] = None,
+    data: Annotated[str, Argument(metavar="FOLDER", help="a data-set folder (sdmad prepare makes one), or demo")],
+    output: Annotated[str, Option("--output", "-o", metavar="FILE", help="the model, such as mine.safetensors")],
+    shots: Annotated[int, Option(metavar="NUMBER", help="images of each finding; all where left out")] = None,
+    method: Annotated[str, Option(metavar="NAME", help="one that sdmad methods lists")] = "sd-mad",
+    seed: Annotated[int, Option(metavar="NUMBER", help="another one makes other random choices")] = 0,
+    signs: _Signs = "",
+    sensitivity: Annotated[float, Option(metavar="SHARE", help="also set a threshold that finds this share of the "
+                                                               "findings, such as 0.9 (predict --calibrated)")] = None,
+    backbone: _Backbone = "demo",
+    pretrained: _Pretrained = "",
+    image_size: _ImageSize = 0,
+    epochs: Annotated[int, Option(metavar="NUMBER", help="how often training sees each image [default: 50]")] = None,
+    lam: Annotated[float, Option(metavar="SHARE", help="how much of CLIP's own features the adapters keep, from 0 to 1 "
+                                                       "[default: 0.8]")] = None,
     device: _Device = "auto",
 ):
-    "Fit a method on a data-set folder and write the model."
+    "Fit a model on a data-set folder and write it to a file."
     if not Path(output).resolve().parent.is_dir():
         raise OSError(f"output {output}: its folder does not exist, make it first")
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, epochs=epochs, lam=lam)
@@ -98,17 +110,17 @@ _WARNING = ("warning: left-out images with a finding score no higher than those 
 @_command
 def _predict(
     model: _Model,
-    images: Annotated[list[str], Argument(help="image files, DICOM, NIfTI, or folders of them")],
+    images: Annotated[list[str], Argument(metavar="IMAGES", help="image files, DICOM, NIfTI, or folders of them")],
     output: _Output = "",
-    heatmaps: Annotated[str, Option(metavar="DIR", help="folder for a picture of each image with its maps, and "
-                                    "for the maps of each NIfTI volume")] = "",
-    batch_size: Annotated[int, Option(min=1, help="images at a time")] = 32,
+    heatmaps: Annotated[str, Option(metavar="FOLDER", help="also draw each image with maps of the findings, and "
+                                    "write the maps of each NIfTI volume in its geometry")] = "",
+    batch_size: Annotated[int, Option(min=1, metavar="NUMBER", help="images at a time")] = 32,
     skip_bad: Annotated[bool, Option("--skip-bad", help="leave out images that cannot be read, and list them")] = False,
     calibrated: _Calibrated = False,
     pretrained: _Moved = "",
     device: _Device = "auto",
 ):
-    "Predict images with a fitted model, as CSV."
+    "Predict the findings of images with a fitted model."
     target, skipped, left_out = output or sys.stdout, [] if skip_bad else None, []
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
@@ -148,14 +160,14 @@ def _draw_heatmaps(model, images, folder, skip_bad):
 @_command
 def _evaluate(
     model: _Model,
-    data: Annotated[str, Argument(help="a labelled data-set folder with the same findings, or demo")],
+    data: Annotated[str, Argument(metavar="FOLDER", help="a data-set folder with the same findings, or demo")],
     output: _Output = "",
-    maps: Annotated[bool, Option("--maps", help="also compare the method's maps with the masks of the folder")] = False,
+    maps: Annotated[bool, Option("--maps", help="also compare the model's maps with the masks of the folder")] = False,
     calibrated: _Calibrated = False,
     pretrained: _Moved = "",
     device: _Device = "auto",
 ):
-    "Test a fitted model on a labelled folder, as CSV."
+    "Test a fitted model on a data-set folder."
     target = output or sys.stdout
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
@@ -166,8 +178,8 @@ def _evaluate(
 # %% ../../nbs/app/02_command_line.ipynb #126a04f6
 @_command
 def _demo(
-    output: Annotated[str, Option("--output", "-o", help="folder; the cache where it is left out")] = "",
-    slice: Annotated[int, Option(help="height in the head: 0, 5 or 10")] = 5,
+    output: Annotated[str, Option("--output", "-o", metavar="FOLDER", help="where to; the cache where left out")] = "",
+    slice: Annotated[int, Option(metavar="NUMBER", help="height in the head: 0, 5 or 10")] = 5,
 ):
     "Make the demo's images and say what to do with them."
     from sdmad_nb.data.phantom import make_demo
@@ -194,3 +206,46 @@ def _prepare(context: Context):
     "Make a data-set folder from your images or a public set."
     from sdmad_nb.data.prepare import prepare
     raise Exit(prepare(context.args))
+
+# %% ../../nbs/app/02_command_line.ipynb #0f165f55
+_group = Typer(no_args_is_help=True, help="Start a sign file, and see what a backbone makes of it.")
+app.add_typer(_group, name="signs")
+_Folder = Annotated[str, Argument(metavar="FOLDER", help="a data-set folder")]
+
+@partial(_command, app=_group)
+def _new(
+    folder: _Folder,
+    object: Annotated[str, Option(metavar="WORDS", help="what the images show: brain, \"chest X-ray\", ...")],
+):
+    "Start a signs.json, and print a request for a language model."
+    from sdmad_nb.app.sign_tools import new_signs, sign_request
+    from sdmad_nb.core.inputs import read_json
+    path = new_signs(folder, object)
+    print(sign_request([*read_json(path)["signs"]], object))
+    print(f"{path} is written. Fill in the lists under \"signs\": three to five signs for each finding.\n"
+          "The request above can be pasted into a language model. Put its answer into the file in the place of the {} "
+          "behind \"candidates\", let somebody who reads such images choose from it, and copy what is chosen to "
+          "\"signs\". Go on with\n"
+          f"  sdmad signs check {folder}", file=sys.stderr)
+
+# %% ../../nbs/app/02_command_line.ipynb #e5ebbeae
+@partial(_command, app=_group)
+def _check(
+    folder: _Folder,
+    output: Annotated[str, Option("--output", "-o", metavar="FILE", help="also draw how alike signs are")] = "",
+    signs: _Signs = "",
+    backbone: _Backbone = "demo",
+    pretrained: _Pretrained = "",
+    image_size: _ImageSize = 0,
+):
+    "Show which signs a backbone cannot read or tell apart."
+    from matplotlib.figure import Figure
+    from sdmad_nb.app.sign_tools import describe_signs, draw_signs, frozen_signs
+    from sdmad_nb.data.backbones import load_clip
+    detector = frozen_signs(folder, load_clip(backbone, pretrained, image_size), signs)
+    print(describe_signs(detector))
+    if not output: return
+    side = 2 + 0.3 * len(detector.signs.texts)  # inches
+    figure = Figure(figsize=(side + 4, side))
+    draw_signs(figure.subplots(), detector)
+    figure.savefig(output, dpi=150, bbox_inches="tight")
