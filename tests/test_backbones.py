@@ -8,6 +8,7 @@ import pickle
 import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -15,18 +16,21 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, safe_open, save_file
 from torch.nn import functional as F
 
+from sdmad_nb.app.sdmad import SDMAD
 from sdmad_nb.core.adapters import make_adapters
 from sdmad_nb.core.clip import Features, encode_prompts, freeze_clip, image_features, run_blocks, text_features
 from sdmad_nb.core.config import Config, resolve_layers, torch_generator
 from sdmad_nb.core.detector import AdaptedDetector, Support, load, predict, save
-from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts
-from sdmad_nb.data.backbones import _read_torchscript, load_clip, resize_input
+from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts, write_signs
+from sdmad_nb.data import backbones
+from sdmad_nb.data.backbones import _read_torchscript, load_clip, load_demo_clip, resize_input
 from sdmad_nb.data.images import ImageFiles
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+ASSETS = Path(backbones.__file__).parent.parent / "assets"
 LABELS = torch.eye(2)
 SIGNS = SignSet("brain", ("a normal {object}", "a healthy {object}"),
                 {"Lesion": ("a bright spot", "a dark spot"), "Dural thickening": ("a thick dura",)},
@@ -356,3 +360,56 @@ def test_encoders_that_cannot_be_opened(name, image_size, says):
 
 def test_an_image_smaller_than_a_patch(tiny):
     refused(("tiny", tiny / "tiny.pt", 7), "image_size is 7", "at least 8")
+
+
+@pytest.fixture(scope="module")
+def small(): return load_clip("small")
+
+
+def test_the_packaged_small_backbone(small, tmp_path):
+    "It is cut at four places, and what is cached is what open_clip's own encoders give."
+    assert (small.name, small.depth, small.grid, small.image_size) == ("small", 4, (14, 14), 224)
+    assert small.preprocess.transforms[-1].mean == [0.5] * 3, "the stem's own normalisation"
+    check_whole_method(small, (1, 2, 3, 4), tmp_path)
+    refused(("small", "openai"), "the small backbone has its own weights", "leave pretrained")
+    refused(("small", "", 240), "the small backbone has its own weights", "image_size")
+
+
+def test_what_the_small_backbone_has_read(small):
+    "No word is a zero vector, and words that no caption used mean something."
+    assert small.model.token_embedding.weight.norm(dim=1).min() > 0.1
+    words = ["horse", "donkey", "invoice", "intracranial haemorrhage", "bleeding in the brain", "a broken bone"]
+    with torch.no_grad(): vectors = F.normalize(small.model.encode_text(small.tokenizer(words)), dim=-1)
+    near = vectors @ vectors.T
+    assert near[0, 1] > near[0, 2] and near[3, 4] > near[3, 5]
+
+
+def test_the_small_backbone_in_the_tool(tmp_path):
+    "A model that was fitted on it is kept and opened again."
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    files = [file.rename(folder / "images" / file.name) for file in write_images(folder)]
+    lines = [f"images/{file.name},{number},{number},{1 - number}" for number, file in enumerate(files)]
+    (folder / "labels.csv").write_text("\n".join(["image,patient,Lesion,Dural thickening", *lines]) + "\n")
+    write_signs(SIGNS, folder / "signs.json")
+    model = SDMAD.fit(folder, config=Config(backbone="small", epochs=1), device="cpu")
+    again = SDMAD.load(model.save(tmp_path / "model.safetensors"))
+    assert again.detector.clip.name == "small"
+    assert model.predict(files).equals(again.predict(files))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other", "old"])
+def test_a_damaged_packaged_backbone(small, damage, tmp_path):
+    "A file that is not there, cut off, no backbone, or of another version: one sentence that names it and the remedy."
+    path, whole = tmp_path / "small_clip.safetensors", ASSETS / "small_clip.safetensors"
+    if damage == "cut": path.write_bytes(whole.read_bytes()[:100_000])
+    if damage == "other": save_file({"a": torch.zeros(2)}, path)
+    if damage == "old":
+        with safe_open(whole, "pt") as stored: notes = stored.metadata()
+        state = load_file(whole)
+        state["text_projection"] = state["text_projection"][:, :-1].contiguous()
+        save_file(state, path, notes)
+    kind = FileNotFoundError if damage == "missing" else ValueError
+    with pytest.raises(kind, match="small_clip.safetensors is .*install the package again, or run nbs/train_small_clip.ipynb") as caught:
+        load_demo_clip(path)
+    assert "\n" not in str(caught.value)
