@@ -69,6 +69,7 @@ def _slices(name, path, reader):  # a file -> its slices; DataError
     info = reader.inspect(path)
     return [Shown(name, path, number, info.count, info.series) for number in range(info.count)]
 
+# %% ../../nbs/app/00_1_pictures.ipynb #a30683cb
 def list_images(
     images,  # a file, a folder, a picture, an array or tensor of one image or of B, or a list of these
     reader: ImageReader = ImageReader(),

@@ -25,6 +25,8 @@ from tqdm import tqdm
 from .calibration import Calibration, calibrate, left_out_margins
 from .explanation import Explanation, stand_out
 from .pictures import list_images, to_picture
+
+# %% ../../nbs/app/01_sdmad.ipynb #572e55cf
 from ..core.clip import Features
 from ..core.config import Config, resolve_device
 from ..core.detector import Detector, SignDetector, predict, read_header, save
@@ -179,6 +181,7 @@ def stream(
         pixels = torch.stack([clip.preprocess(picture) for _, picture in batch])
         yield _rows(self.detector, names, Features(clip, pixels), calibration)
 
+# %% ../../nbs/app/01_sdmad.ipynb #850c3de8
 def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None where it is left out; DataError
     try: return to_picture(one.image, one.name, one.number, reader)
     except DataError as error:

@@ -61,8 +61,8 @@ def score_changes(
                          "decision as fitted": told[0], "decision now": told[1]}, index=names)
 
 # %% ../../nbs/app/03_sign_panel.ipynb #1359e65e
-def _panel_parts(fitted, model, image, finding):  # -> HTML of scores, HTML of dropped signs, PNG bytes of the maps
-    before, now, c = fitted.explain(image), model.explain(image), model.categories.index(finding)
+def _panel_parts(fitted, model, image, finding):  # image, slice number -> HTML of scores and dropped signs, PNG bytes
+    before, now, c = fitted.explain(*image), model.explain(*image), model.categories.index(finding)
     maps, titles = np.stack([before.maps[c], now.maps[c]]), [f"{finding}, as fitted", f"{finding}, now"]
     figure, file = draw_maps(now.picture, maps, titles).flat[0].figure, BytesIO()
     figure.savefig(file, format="png", dpi=80)
@@ -83,7 +83,10 @@ class SignPanel(widgets.VBox):
         if not isinstance(model.detector, SignDetector):
             raise ValueError(f"{model.method.title} reads no signs, so a panel has nothing to change: fit sd-mad")
         self.fitted, self.model = model, model
-        self.images = dict(images if isinstance(images, dict) else list_images(images))
+        named = images.items() if isinstance(images, dict) else ()
+        listed = [] if isinstance(images, dict) else list_images(images, model.reader)[0]
+        self.images = {name: (image, None) for name, image in named} | {
+            one.name + f", slice {one.number}" * (one.count > 1): (one.image, one.number) for one in listed}
         self.image = widgets.Dropdown(options=list(self.images), description="image")
         self.finding = widgets.Dropdown(options=list(model.categories), description="finding")
         self.reset, hint = widgets.Button(description="all as fitted"), widgets.HTML(

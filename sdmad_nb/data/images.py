@@ -29,6 +29,7 @@ from ..core.inputs import InputError
 class DataError(InputError):
     "Say in one message what is wrong with an image, a data set or a split."
 
+# %% ../../nbs/data/01_0_images.ipynb #b9bb73bf
 MIN_SIDE = 8  # pixels
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 

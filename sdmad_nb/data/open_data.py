@@ -28,7 +28,7 @@ def signs_file(
     categories = {name.strip() for name in header.split(",")} - set(RESERVED)
     for name in preset_names():
         if set(read_signs(preset_path(name)).categories) == categories: return preset_path(name)
-    raise SignError(f"{folder} has no signs.json: write one (core/01_signs says how), or set signs to a file or "
+    raise SignError(f"{folder} has no signs.json: 'sdmad signs new' makes one, or set signs to a file or "
                     f"to one of the presets {list(preset_names())}")
 
 # %% ../../nbs/data/03_0_open_data.ipynb #43b4676c

@@ -71,6 +71,7 @@ class _Entry(NamedTuple):
     slice: str = ""  # number of the slice of a volume or film; "" = all
     mixed: bool = False  # normal is named beside a finding
 
+# %% ../../nbs/data/07_prepare.ipynb #e75386ee
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "", "valid": "",
           "validation": ""}
 _NO_FINDINGS = {"image", "images", "img", "imgs"}  # names of folders
@@ -145,6 +146,7 @@ def _table_entries(labels, layout):  # -> entries; DataError with all faults
     columns = layout.category_columns if layout.uncertain == "left-out" else ()
     return [entry(place, row) for place, row in rows if not any(row[name][:2] == "-1" for name in columns)]
 
+# %% ../../nbs/data/07_prepare.ipynb #81c1fd7a
 def _named_as_on_disk(images, entries, loose):  # entries with the names of files; DataError
     spell = lambda name: name and find_spelling(images, name)
     entries = [entry._replace(source=spell(entry.source), mask=spell(entry.mask)) for entry in entries]
@@ -161,6 +163,10 @@ def _named_as_on_disk(images, entries, loose):  # entries with the names of file
     raise DataError(f"{len(lost)} of {len(entries)} names are not among the images, such as {first.place}: "
                     f"{first.source}; the nearest file is {nearest[0]}: correct the names, or accept such with "
                     "--loose-names")
+
+def _labelled_entries(images, labels, layout):  # by a table or by sub-folders -> entries; DataError
+    if not labels: return _folder_entries(images, layout)
+    return _named_as_on_disk(images, _table_entries(labels, layout), layout.loose_names)
 
 # %% ../../nbs/data/07_prepare.ipynb #d3ceb39b
 def _entry_fault(entry, infos):  # entry, {path: `inspect` of the file} -> a sentence or ""
@@ -271,27 +277,27 @@ def own_folder(
 ) -> Path:  # the folder; DataError or SignError with all faults
     "Prepare images of your own: PNG, JPEG, TIFF, DICOM, NIfTI, labelled by sub-folders or by a table."
     images, reader = Path(images), ImageReader(pixels)
-    if labels: entries = _named_as_on_disk(images, _table_entries(labels, layout), layout.loose_names)
-    else: entries = _folder_entries(images, layout)
+    entries = _labelled_entries(images, labels, layout)
     categories = list(layout.category_columns) or sorted({name for entry in entries for name in entry.findings})
     sound, infos, broken = _look(images, entries, reader, skip_broken)
     phrases = read_signs(preset_path(signs)) if signs else None
     _check_entries(sound, categories, patient, phrases)
     folder = Preparation(out, images, "own-folder", {
-        "categories": categories, "patient": patient, "pixels": asdict(pixels), "slices": list(layout.slices),
-        "labels": digest(*map(tuple, entries)),
-        "signs": digest(preset_path(signs).read_bytes() if signs else b""), "salt": salt and _pseudonym("salt", salt)})
-    if all(infos[entry.source].kind != "dicom" for entry in sound): salt = ""
-    else: salt = salt or folder.secret(secrets.token_hex(16))
+        "categories": categories, "patient": patient, "pixels": asdict(pixels), "signs": digest(phrases),
+        "labels": digest(layout.slices, *map(tuple, entries)), "salt": salt and _pseudonym("salt", salt)})
+    salt = _salt(folder, salt, [infos[entry.source].kind for entry in sound])
     owners = [_owner(entry, infos[entry.source], patient) for entry in sound]
-    plans = [_rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)
-             for entry, owner in zip(sound, owners)]
+    plans = (_rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)
+             for entry, owner in zip(sound, owners))
     for note in _notes(sound, infos, owners, categories, rest := _unused(images, entries)): print(note)
     left_out = {"files that are not used": rest, "files that cannot be opened": broken}
-    return folder.write(list(chain(*plans)), categories, phrases, left_out, skip_broken, True,
-                        partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt))
+    hide = partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt)
+    return folder.write(list(chain(*plans)), categories, phrases, left_out, skip_broken, True, hide)
 
 # %% ../../nbs/data/07_prepare.ipynb #7cf0b448
+def _salt(folder, salt, kinds):  # "" where there is no DICOM
+    return (salt or folder.secret(secrets.token_hex(16))) if "dicom" in kinds else ""
+
 def _hidden(names, salt, text):  # a sentence -> the same, with pseudonyms for names where there is a salt
     for name in names if salt else (): text = text.replace(name, _pseudonym(name, salt))
     return text

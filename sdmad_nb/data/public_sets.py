@@ -146,8 +146,7 @@ def chestxray14(
     with reading(f"test_list {test_list}", "is no text", "get it again"):
         tested = set(Path(test_list).read_text(encoding="utf-8").split() if test_list else ())
     paths = {path.name: path for path in reversed(found)}
-    there = [name for name in table if name in paths]
-    wanted = [name for name in there if not table[name][1] or set(table[name][1]) & set(findings)]
+    wanted = [name for name in table if name in paths and (not table[name][1] or {*table[name][1]} & {*findings})]
     file = lambda name: Path(images) / paths[name]
     rows = [Row(f"images/{name}", table[name][0], tuple(finding for finding in findings if finding in table[name][1]),
                 ("test" if name in tested else "train") if test_list else "",
@@ -155,11 +154,11 @@ def chestxray14(
     left_out = {"listed images that are not in the folder": sorted(table.keys() - paths.keys()),
                 "images that are not listed": sorted(paths.keys() - table.keys()),
                 "images of a name that another one has": [str(path) for path in found if paths[path.name] != path],
-                "images with other findings only": sorted(set(there) - set(wanted))}
+                "images with other findings only": sorted(paths.keys() & table.keys() - set(wanted))}
     settings = {"findings": list(findings), "pixels": asdict(reader.pixels), "files": digest(sorted(paths)),
                 "labels": digest(Path(labels).read_bytes(), sorted(tested))}
-    folder, signs = Preparation(out, images, "chestxray14", settings), read_signs(preset_path("chestxray14"))
-    return folder.write(rows, findings, signs, left_out, skip_broken)
+    return Preparation(out, images, "chestxray14", settings).write(
+        rows, findings, read_signs(preset_path("chestxray14")), left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #de5bb687
 _OCT_CLASSES = ("CNV", "DME", "DRUSEN")

@@ -7,6 +7,7 @@ __all__ = ['Split', 'indices', 'draw_split', 'hold_out', 'write_split', 'read_sp
 
 # %% ../../nbs/data/01_1_splits.ipynb #0926b3b4
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -106,7 +107,8 @@ def hold_out(
     if patient not in names or len(names) == 1:
         raise DataError(f"{dataset.name} cannot hold out patient {patient!r}: its patients are {names}")
     parts = tuple("test" if name == patient else "train" for name in dataset.patients)
-    return replace(dataset, name=f"{dataset.name}-{patient}", split=parts)
+    harmless = re.sub(r"[^\w.+ -]", lambda sign: f"%{ord(sign[0]):X}", patient)  # as a part of a file's name
+    return replace(dataset, name=f"{dataset.name}-{harmless}", split=parts)
 
 # %% ../../nbs/data/01_1_splits.ipynb #3af8e9d5
 def write_split(

@@ -192,6 +192,11 @@ def _finish(folder, rows, categories, signs, record):  # write all but images, l
     _write_csv(folder / "labels.csv", _label_table(rows, categories))
     return _report(folder)
 
+def _refuse_clashes(clashes, skip_broken):  # sentences -> DataError with all of them
+    if clashes and not skip_broken:
+        raise DataError("pictures have contradictory labels: correct them and run the same command, or leave them out "
+                        "with --skip-broken", clashes)
+
 def _refuse_broken(broken, skip_broken):  # sentences -> DataError with all of them
     if broken and not skip_broken:
         raise DataError("some files cannot be read: get them again and run the same command, which goes on from here, "
@@ -224,6 +229,13 @@ def _report(folder):  # -> the folder
     print(f"all names: {folder.name}/{_RECORD}")
     return folder
 
+def _reopened(folder, rows):  # a finished folder -> whether it is unfinished again, because sources have changed
+    changed = [row for row in rows if _outdated(folder, row)]
+    if not changed: return False
+    print(f"{len(changed)} sources have changed since, and are read again: {changed[0].sources[0]}, ...")
+    (folder / "labels.csv").unlink()
+    return True
+
 def _without_path(left_out, images):  # the path of the images may hold names; reasons without a case are dropped
     return {reason: [text.replace(f"{images}{os.sep}", "") for text in texts]
             for reason, texts in left_out.items() if texts}
@@ -241,11 +253,7 @@ def write(
     hide: Callable = str,  # function on the sentences of what is left out, before they are written down
 ) -> Path:  # the folder; DataError where images cannot be read or there is nothing to learn
     "Write images and masks, then everything else, labels.csv last; of a finished folder what has changed since."
-    if self.finished:
-        changed = [row for row in rows if _outdated(self.out, row)]
-        if not changed: return _report(self.out)
-        print(f"{len(changed)} sources have changed since, and are read again: {changed[0].sources[0]}, ...")
-        (self.out / "labels.csv").unlink()
+    if self.finished and not _reopened(self.out, rows): return _report(self.out)
     left_out, known = left_out or {}, (left_out or {}).get("broken files", [])
     _refuse_broken(known, skip_broken)
     _check_rows(self.out, rows, categories)
@@ -255,16 +263,13 @@ def write(
     _refuse_broken(unreadable["broken files"], skip_broken)
     left_out = {reason: list(map(hide, texts)) for reason, texts in {**left_out, **unreadable}.items()}
     rows, copies, clashes = _without_copies(kept)
-    if clashes and strict and not skip_broken:
-        raise DataError("pictures have contradictory labels: correct them and run the same command, or leave them out "
-                        "with --skip-broken", clashes)
+    _refuse_clashes(clashes if strict else (), skip_broken)
     had = _learnable(self.out, rows, categories, *left_out["unusable images"][:1])
     left_out |= {"pictures of another patient, too": copies,
                  "pictures with contradictory labels": list(map(hide, clashes)),
                  "categories without an image": [name for name in categories if name not in had]}
-    return _finish(self.out, rows, had, signs, {"state": "finished", "settings": self.record["settings"],
-                                                "counts": counts(rows, had),
-                                                "left_out": _without_path(left_out, self.images)})
+    record = {"state": "finished", "settings": self.record["settings"], "counts": counts(rows, had)}
+    return _finish(self.out, rows, had, signs, record | {"left_out": _without_path(left_out, self.images)})
 
 # %% ../../nbs/data/04_writer.ipynb #486e5bee
 def _read_cells(path):  # CSV in UTF-8, separated as its first line says -> lists of stripped texts; DataError
