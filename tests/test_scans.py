@@ -72,7 +72,8 @@ def test_air_is_darker_than_the_body_and_the_lesion_is_brightest(tmp_path, name)
 
 def test_a_volume_is_predicted_slice_by_slice_and_its_maps_come_back_in_its_geometry(fitted, tmp_path):
     dataset, model = fitted
-    values = np.stack([np.asarray(load_rgb(path).convert("L"), np.float32) for path in dataset.paths[:4]], axis=1)
+    cut = lambda path: load_rgb(path).convert("L").resize((24, 56)).crop((4, 8, 20, 48))  # (40, 16), inside the head
+    values = np.stack([np.asarray(cut(path), np.float32) for path in dataset.paths[:4]], axis=1)
     nibabel.save(nibabel.Nifti1Image(values, np.array([[0, 3, 0, 5], [-1, 0, 0, 7], [0, 0, 1, 2], [0, 0, 0, 1.0]])),
                  tmp_path / "head.nii.gz")  # sagittal slices, three millimetres apart
     write_scan(tmp_path / "scan.dcm"), (tmp_path / "notes.txt").write_text("no image")
@@ -80,8 +81,8 @@ def test_a_volume_is_predicted_slice_by_slice_and_its_maps_come_back_in_its_geom
     done = sdmad("predict", model, tmp_path, "--heatmaps", maps, "-o", out)
     assert done.returncode == 0 and "left out: " in done.stderr and "notes.txt is no image" in done.stderr, done.stderr
     table = pd.read_csv(out)
-    assert table.image.value_counts().to_dict() == {"head.nii.gz": 112, "scan.dcm": 1}
-    assert table.slice[:112].tolist() == list(range(112))
+    assert table.image.value_counts().to_dict() == {"head.nii.gz": 16, "scan.dcm": 1}
+    assert table.slice[:16].tolist() == list(range(16))
     scan, made = nibabel.load(tmp_path / "head.nii.gz"), nibabel.load(maps / "head-Craniotomy.nii.gz")
     assert made.shape == scan.shape and np.array_equal(made.affine, scan.affine) and np.isfinite(made.get_fdata()).all()
     assert (maps / "0007-head_007.png").is_file()
@@ -91,10 +92,10 @@ def test_one_odd_file_does_not_stop_a_folder(tmp_path, capsys):
     for seed, finding in enumerate(("normal", "spot", "spot")):
         write_scan(tmp_path / f"mine/{finding}/sound{seed}.dcm", seed, f"p{seed}")
     volume = nibabel.Nifti1Image(np.random.default_rng(0).random((9, 8, 3), np.float32), np.eye(4))
-    volume.header["srow_x"] = 0
-    (tmp_path / "mine/spot/flat.nii").write_bytes(volume.to_bytes())
-    odd = nibabel.load(tmp_path / "mine/spot/flat.nii")
-    assert command("own-folder", tmp_path / "mine", tmp_path / "out") == 1, odd.affine
+    data = bytearray(volume.to_bytes())
+    data[280:296] = bytes(16)  # the first row of the affine
+    (tmp_path / "mine/spot/flat.nii").write_bytes(data)
+    assert command("own-folder", tmp_path / "mine", tmp_path / "out") == 1
     assert "flat.nii has an affine whose axes span no space" in capsys.readouterr().err
     assert command("own-folder", tmp_path / "mine", tmp_path / "out", "--skip-broken") == 0
     assert len(read_dataset(tmp_path / "out")) == 3

@@ -172,7 +172,7 @@ def test_what_is_wrong_is_said_in_a_sentence(fitted, tmp_path, words, code, says
 def test_bad_images_are_skipped_only_when_asked_and_nothing_is_half_written(fitted, tmp_path):
     dataset, model = fitted
     (tmp_path / "torn.png").write_bytes(dataset.path(0).read_bytes()[:500])
-    Image.new("RGBA", (50, 90), "white").save(tmp_path / "other.png")
+    Image.linear_gradient("L").convert("RGBA").resize((50, 90)).save(tmp_path / "other.png")
     images, out = [dataset.path(0), tmp_path / "torn.png", tmp_path / "other.png"], tmp_path / "out.csv"
     done = sdmad("predict", model, *images, "-o", out)
     assert done.returncode == 1 and "torn.png" in done.stderr and not out.exists()
@@ -247,10 +247,10 @@ def test_another_backbone_and_an_altered_file_are_refused(fitted, tmp_path):
     with safe_open(model, "pt") as stored: header = json.loads(stored.metadata()["sdmad"])
     state, altered = load_file(model), tmp_path / "altered.safetensors"
     save_file(state, altered, {"sdmad": json.dumps({**header, "fingerprint": "0" * 16})})
-    with pytest.raises(ValueError, match="was fitted on backbone 'demo'"): SDMAD.load(altered)
+    with pytest.raises(ValueError, match="altered.safetensors .*was changed after it was saved"): SDMAD.load(altered)
     rest = {name: value for name, value in state.items() if "down" not in name}
     save_file(rest, altered, {"sdmad": json.dumps(header)})
-    with pytest.raises(ValueError, match="altered.safetensors lacks weights"): SDMAD.load(altered)
+    with pytest.raises(ValueError, match="altered.safetensors .*was changed after it was saved"): SDMAD.load(altered)
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95" + os.urandom(200))
     with pytest.raises(ValueError, match="is not a detector"): SDMAD.load(tmp_path / "pickle.safetensors")
 

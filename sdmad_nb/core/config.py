@@ -163,7 +163,7 @@ def write_atomically(
         except FileNotFoundError: mode = stat.S_IFREG
         if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
         suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
-        if stat.S_ISREG(mode): handle, name = tempfile.mkstemp(prefix=".", suffix=suffix, dir=target.parent)
+        if stat.S_ISREG(mode): handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
     except OSError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}): "
                               "choose another name or folder, or change its rights") from error

@@ -319,7 +319,7 @@ def load(
         detector = kind(clip, header["signs"], header["config"])
         for name, own in detector.state_dict().items():
             value = state.get(name, own)
-            if value.dtype != own.dtype or own.numel() and value.shape != own.shape:
+            if own.numel() and (value.dtype, value.shape) != (own.dtype, own.shape):  # an empty one takes any
                 raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {own.dtype} {tuple(own.shape)}")
         for name in dict(detector.named_buffers()).keys() & state.keys():
             owner, _, leaf = name.rpartition(".")

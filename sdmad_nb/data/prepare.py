@@ -311,7 +311,7 @@ def check_folder(
     table = label_table(read_dataset(data, read_signs(preset_path(signs)) if signs else None))
     print(table.to_string())
     if not signs and not (Path(data) / "signs.json").is_file():
-        print(f"note: there is no signs.json yet: 'sdmad signs new {data}' writes one to fill in")
+        print("note: there is no signs.json yet: 'sdmad signs new' writes one to fill in")
     return table
 
 # %% ../../nbs/data/07_prepare.ipynb #af18be4d

@@ -178,7 +178,7 @@ def _write_csv(path, table):
 def _remove_strays(folder, rows):
     named = {folder / name for row in rows for name in (row.image, row.mask)}
     found = [path for part in ("images", "masks") for path in (folder / part).rglob("*") if path.is_file()]
-    found += [path for stem in ("preparation", "boxes", "signs", "labels") for path in folder.glob(f".{stem}-*")]
+    found += folder.glob(".tmp-*")
     for path in found:
         if path not in named: path.unlink()
 
@@ -225,14 +225,14 @@ def _report(folder):  # -> the folder
     for reason, texts in record["left_out"].items():
         print(f"left out, {reason}: {len(texts)}, such as {texts[0].splitlines()[0]}")
     if not (folder / "signs.json").is_file():
-        print(f"signs.json is not there yet: 'sdmad signs new {folder}' writes one to fill in")
+        print("signs.json is not there yet: 'sdmad signs new' writes one to fill in")
     print(f"all names: {folder.name}/{_RECORD}")
     return folder
 
 def _reopened(folder, rows):  # a finished folder -> whether it is unfinished again, because sources have changed
     changed = [row for row in rows if _outdated(folder, row)]
     if not changed: return False
-    print(f"{len(changed)} sources have changed since, and are read again: {changed[0].sources[0]}, ...")
+    print(f"{len(changed)} sources have changed since, and are read again: {changed[0].image}, ...")
     (folder / "labels.csv").unlink()
     return True
 

@@ -25,7 +25,8 @@ def map_over_image(
     "Show where in an image something fits."
     height, width = np.asarray(image).shape[:2]
     ax.imshow(image, cmap="gray", vmin=0, vmax=255)
-    look = dict(cmap=sns.color_palette("vlag", as_cmap=True), alpha=0.55, interpolation="bilinear")
+    weight = 0.1 + 0.5 * (np.abs(np.asarray(values)) / max(limit, 1e-12)).clip(0, 1)  # where nothing fits, the image
+    look = dict(cmap=sns.color_palette("vlag", as_cmap=True), alpha=weight, interpolation="bilinear")
     ax.imshow(values, vmin=-limit, vmax=limit, extent=(-0.5, width - 0.5, height - 0.5, -0.5), **look)
     if mask is not None and np.any(mask): ax.contour(mask, levels=[0.5], colors="#F0E442", linewidths=1.2)
     for x, y, wide, high in boxes:
