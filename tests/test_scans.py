@@ -3,6 +3,8 @@ import io
 import shutil
 import unicodedata
 from contextlib import redirect_stderr, redirect_stdout
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
@@ -174,3 +176,26 @@ def test_what_fit_refuses_predict_refuses(fitted, tmp_path):
         assert done.returncode == 1 and name in done.stderr and done.stdout == "", done.stderr
     done = sdmad("predict", model, tmp_path / "blank.png", "--batch-size", "-1")
     assert done.returncode == 2 and "--batch-size" in done.stderr
+
+
+def test_a_model_file_does_not_choose_a_backbone_from_a_hub_or_a_folder(fitted, tmp_path):
+    "The folder holds nothing, and is not looked at before the user has named it."
+    dataset, model = fitted
+    detector = copy(SDMAD.load(model).detector)
+    detector.config = replace(detector.config, backbone=f"local-dir:{tmp_path / 'theirs'}", pretrained="")
+    SDMAD(detector).save(tmp_path / "theirs.safetensors")
+    for words in (["predict", tmp_path / "theirs.safetensors", dataset.path(0)],
+                  ["evaluate", tmp_path / "theirs.safetensors", dataset.folder]):
+        done = sdmad(*words)
+        assert done.returncode == 1 and "theirs.safetensors asks for backbone" in done.stderr
+        done = sdmad(*words, "--backbone", f"local-dir:{tmp_path / 'theirs'}")
+        assert done.returncode == 1 and "cannot be loaded" in done.stderr, "it is named, and then missed"
+        done = sdmad(*words, "--backbone", "demo")
+        assert done.returncode == 1 and "name that one, or none" in done.stderr
+
+
+def test_a_name_that_a_spreadsheet_would_run_is_harmless_in_the_table(fitted, tmp_path):
+    dataset, model = fitted
+    for name in ("=1+1.png", "+a.png", "@b.png", "plain.png"): shutil.copy(dataset.path(0), tmp_path / name)
+    table = pd.read_csv(io.StringIO(sdmad("predict", model, tmp_path).stdout))
+    assert sorted(table.image) == ["'+a.png", "'=1+1.png", "'@b.png", "plain.png"] and table.abnormal.dtype == float

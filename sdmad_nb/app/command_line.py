@@ -53,6 +53,7 @@ def shell(
 _Model = Annotated[str, Argument(metavar="MODEL", help="file that sdmad fit has written")]
 _Output = Annotated[str, Option("--output", "-o", metavar="FILE", help="table as CSV; printed where it is left out")]
 _Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold that fit --sensitivity has set")]
+_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder")]
 _Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, where their file has moved since the fit")]
 _Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
 _Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "
@@ -63,10 +64,15 @@ _Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights
                                                          "knows, such as openai; demo has its own")]
 _ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
 
+def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+
 def _write_csv(tables, target):  # file name, or an open file
     from sdmad_nb.core.config import write_atomically
     def write(file):
-        for number, table in enumerate(tables): table.to_csv(file, index=False, header=number == 0)
+        for number, table in enumerate(tables):
+            texts = {name: table[name].map(_harmless) for name in table if table[name].dtype.kind not in "biuf"}
+            table.assign(**texts).rename(columns=_harmless).to_csv(file, index=False, header=number == 0)
     def write_file(path):
         with path.open("w", encoding="utf-8", newline="") as file: write(file)
     if isinstance(target, str): write_atomically(target, write_file)
@@ -118,13 +124,14 @@ def _predict(
     skip_bad: Annotated[bool, Option("--skip-bad", help="leave out images that cannot be read, and list them")] = False,
     calibrated: _Calibrated = False,
     pretrained: _Moved = "",
+    backbone: _Named = "",
     device: _Device = "auto",
 ):
     "Predict the findings of images with a fitted model."
     target, skipped, left_out = output or sys.stdout, [] if skip_bad else None, []
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
-        fitted = SDMAD.load(model, pretrained, device)
+        fitted = SDMAD.load(model, pretrained, device, backbone)
         if heatmaps: fitted.check_maps()
         _write_csv(fitted.stream(images, batch_size, calibrated, skipped, left_out), target)
         if heatmaps: _draw_heatmaps(fitted, images, Path(heatmaps), skip_bad)
@@ -165,13 +172,14 @@ def _evaluate(
     maps: Annotated[bool, Option("--maps", help="also compare the model's maps with the masks of the folder")] = False,
     calibrated: _Calibrated = False,
     pretrained: _Moved = "",
+    backbone: _Named = "",
     device: _Device = "auto",
 ):
     "Test a fitted model on a data-set folder."
     target = output or sys.stdout
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
-        table = SDMAD.load(model, pretrained, device).evaluate(data, calibrated=calibrated, maps=maps)
+        table = SDMAD.load(model, pretrained, device, backbone).evaluate(data, calibrated=calibrated, maps=maps)
         for note in table.attrs["notes"]: print(f"note: {note}")
         _write_csv([table.reset_index()], target)
 

@@ -322,17 +322,31 @@ def save(self: SDMAD, path) -> Path:  # of the safetensors file
              "calibration": self.calibration and asdict(self.calibration)}
     return save(self.detector, path, notes)
 
+# %% ../../nbs/app/01_sdmad.ipynb #ceccf116
 @patch(cls_method=True)
 def load(
     cls: SDMAD,
     path,  # from `save`
     pretrained: str = "",  # where the backbone's checkpoint lies now, if it is a file that has moved
     device: str = "auto",
+    backbone: str = "",  # the name of a backbone from a hub or a folder, which must be given here, too
 ):  # SDMAD; FileNotFoundError; ValueError for a foreign or damaged file, or another backbone
     "Read a model, whatever its method."
     header = read_header(path)
     config, notes = header["config"], header["notes"]
+    _check_backbone(path, config.backbone, backbone)
+    try:
+        kept, origin = notes.get("calibration"), notes.get("origin", {})
+        origin = Origin(**{**origin, "pixels": Pixels(**origin.get("pixels", {}))})
+        calibration = kept and Calibration(**kept)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): fit it again") from error
     clip = load_clip(config.backbone, pretrained or config.pretrained, config.image_size, resolve_device(device))
-    kept, origin = notes.get("calibration"), notes.get("origin", {})
-    origin = Origin(**{**origin, "pixels": Pixels(**origin.get("pixels", {}))})
-    return cls(load_detector(path, clip), origin, kept and Calibration(**kept))
+    return cls(load_detector(path, clip), origin, calibration)
+
+def _check_backbone(path, kept, named):  # of the file, of the caller -> ValueError
+    if named and named != kept:
+        raise ValueError(f"model {path} was fitted on backbone {kept!r}, not on {named!r}: name that one, or none")
+    if not named and kept.startswith(("hf-hub:", "local-dir:")):
+        raise ValueError(f"model {path} asks for backbone {kept!r}, which is loaded only where you name it: pass "
+                         f"backbone={kept!r} (--backbone) if you trust it")
