@@ -145,9 +145,8 @@ def _file_name(text, most=120):  # -> short enough for any file system, without 
 
 def _draw_heatmaps(model, images, folder, skip_bad):
     from tqdm import tqdm
-    from sdmad_nb.app.explanation import save_volume
     from sdmad_nb.app.pictures import list_images
-    from sdmad_nb.data.images import DataError
+    from sdmad_nb.data.images import DataError, save_volume
     volumes = defaultdict(dict)  # {(name, file): {slice: maps}}
     for place, one in enumerate(tqdm(list_images(images, model.reader, [])[0], desc="heat maps", unit="image")):
         try: why = model.explain(one.image, one.number)
@@ -156,7 +155,7 @@ def _draw_heatmaps(model, images, folder, skip_bad):
             continue
         stem = _file_name(re.sub(r"\.(nii\.gz|\w+)$", "", Path(one.name).name))
         why.save(folder / f"{place:04d}-{stem}{f'_{one.number:03}' if one.count > 1 else ''}.png")
-        if model.reader.inspect(one.image).kind == "nifti": volumes[stem, one.image][one.number] = why.maps
+        if one.kind == "nifti": volumes[stem, one.image][one.number] = why.maps
     for (stem, file), maps in volumes.items():
         shown = next(iter(maps.values()))
         for c, name in enumerate(model.categories if len(shown) == len(model.categories) else ["abnormal"]):

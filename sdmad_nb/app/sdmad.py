@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .calibration import Calibration, calibrate, left_out_margins
 from .explanation import Explanation, stand_out
-from .pictures import list_images, to_picture
+from .pictures import EmptyImage, list_images, to_picture
 
 # %% ../../nbs/app/01_sdmad.ipynb #572e55cf
 from ..core.clip import Features
@@ -46,8 +46,8 @@ from ..methods.registry import Method, find_method, find_methods, load_detector
 @dataclass(frozen=True)
 class Origin:
     "Hold what a model keeps of the images that it was fitted on."
-    hashes: tuple = ()  # of their pixels
-    patients: tuple = ()  # salted hashes of their patients' names
+    hashes: frozenset = frozenset()  # of their pixels
+    patients: frozenset = frozenset()  # salted hashes of their patients' names
     salt: str = ""
     pixels: Pixels = Pixels()  # how scans became grey values
     limit: float = None  # of the colours of maps; None for a method that draws none
@@ -110,9 +110,8 @@ def _origin(dataset, rows, method, detector, support):
         said = predict(detector, support.features[range(min(len(rows), 16))])
         maps = said.anomaly_map if said.finding_maps is None else said.finding_maps
         limit = float(np.quantile(np.abs(stand_out(maps.numpy())), 0.999)) or None
-    patients = {_salted(dataset.patients[row], salt) for row in rows}
-    hashes = {dataset.hashes[row] for row in rows}
-    return Origin(tuple(sorted(hashes)), tuple(sorted(patients)), salt, dataset.pixels, limit)
+    patients = frozenset(_salted(dataset.patients[row], salt) for row in rows)
+    return Origin(frozenset(dataset.hashes[row] for row in rows), patients, salt, dataset.pixels, limit)
 
 def _learned_rows(dataset, config, everything):  # -> row numbers; DataError
     draw = lambda: draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)
@@ -170,14 +169,15 @@ def stream(
     clip, calibration = self.detector.clip, _decides(self, calibrated)
     (shown, rest), left_out = list_images(images, self.reader, skipped), [] if left_out is None else left_out
     left_out += [f"{name} is no image" for name in rest]
-    starts = range(0, len(shown), batch_size)
+    many, series, starts = (any(one.count > 1 for one in shown), any(one.series for one in shown),
+                            range(0, len(shown), batch_size))
     for start in tqdm(starts, desc="predict", unit="batch", disable=len(shown) <= batch_size):
         batch = [(one, picture) for one in shown[start:start + batch_size]
                  if (picture := _opened(one, self.reader, skipped, left_out))]
         if not batch: continue
         names = {"image": [one.name for one, _ in batch]}
-        if any(one.count > 1 for one in shown): names["slice"] = [one.number for one, _ in batch]
-        if any(one.series for one in shown): names["series"] = [one.series for one, _ in batch]
+        if many: names["slice"] = [one.number for one, _ in batch]
+        if series: names["series"] = [one.series for one, _ in batch]
         pixels = torch.stack([clip.preprocess(picture) for _, picture in batch])
         yield _rows(self.detector, names, Features(clip, pixels), calibration)
 
@@ -185,7 +185,7 @@ def stream(
 def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None where it is left out; DataError
     try: return to_picture(one.image, one.name, one.number, reader)
     except DataError as error:
-        if one.count > 1 and "nearly empty" in str(error): left_out.append(f"slice {one.number} of {error}")
+        if one.count > 1 and isinstance(error, EmptyImage): left_out.append(f"slice {one.number} of {error}")
         elif skipped is None: raise
         else: skipped.append(str(error))
 
@@ -230,8 +230,7 @@ def explain(
 ) -> Explanation:  # DataError; ValueError where the method draws no maps
     "Show where in an image each finding is, or what is abnormal."
     self.check_maps()
-    count = self.reader.inspect(image).count if isinstance(image, (str, os.PathLike)) else 1
-    if number is None and count > 1:
+    if number is None and isinstance(image, (str, os.PathLike)) and (count := self.reader.inspect(image).count) > 1:
         raise DataError(f"image {image} has {count} slices: name one, as number={count // 2}")
     picture, detector = to_picture(image, number=number or 0, reader=self.reader), self.detector
     features = Features(detector.clip, detector.clip.preprocess(picture)[None])
@@ -318,7 +317,8 @@ def evaluate(
 def save(self: SDMAD, path) -> Path:  # of the safetensors file
     "Write the model as one file."
     versions = {name: version(name) for name in ("sdmad_nb", "torch", "open_clip_torch")}
-    notes = {"origin": asdict(self.origin), "versions": versions,
+    origin = {name: sorted(part) if isinstance(part, frozenset) else part for name, part in asdict(self.origin).items()}
+    notes = {"origin": origin, "versions": versions,
              "calibration": self.calibration and asdict(self.calibration)}
     return save(self.detector, path, notes)
 
@@ -337,7 +337,8 @@ def load(
     _check_backbone(path, config.backbone, backbone)
     try:
         kept, origin = notes.get("calibration"), notes.get("origin", {})
-        origin = Origin(**{**origin, "pixels": Pixels(**origin.get("pixels", {}))})
+        sets = {name: frozenset(origin.get(name, ())) for name in ("hashes", "patients")}
+        origin = Origin(**{**origin, **sets, "pixels": Pixels(**origin.get("pixels", {}))})
         calibration = kept and Calibration(**kept)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): fit it again") from error

@@ -29,7 +29,7 @@ from ..core.inputs import InputError
 from ..core.signs import preset_path, read_signs
 from .fastmri import fastmri_plus
 from .folder import label_table, read_dataset
-from .images import DataError, FileInfo, ImageReader, Pixels, find_images, find_spelling, reading
+from .images import DataError, ImageReader, Pixels, find_images, find_spelling, reading
 from .public_sets import bmad, chestxray14, oct2017
 from .writer import Preparation, Row, digest, in_threads, read_table
 

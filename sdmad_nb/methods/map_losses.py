@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/methods/09_map_losses.ipynb #2412d6b0
-import torch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
