@@ -82,11 +82,13 @@ class Config(_MapChoices):
     betas: Annotated[tuple[_BETA, _BETA], Strict(False)] = (0.5, 0.999)  # Adam; MVFA's
     batch_size: _COUNT = 0  # 0 = all shots in one step; the paper gives no number
     augment: Literal["none", "mvfa"] = "none"  # "mvfa": ten fixed rotations, shifts and flips beside the image itself
-    loss: Literal["inter-anomaly", "image-text", "anchor"] = "inter-anomaly"  # Eq. (5); Eq. (3) alone; Eq. (4) alone
+    loss: Literal["inter-anomaly", "image-text", "anchor", "unmixed"] = "inter-anomaly"  # Eq. (5); (3); (4); ours
     sign_reduction: Literal["sum", "mean"] = "sum"  # Eq. (3)-(4) sum; "mean": categories of any size weigh the same
     other_signs: Literal["absent", "all"] = "absent"  # Eq. (4): k != c that the image does not have; "all" = literal
     split_level: Literal["patient", "image"] = "patient"  # no other image of a shot's patient is tested; or the paper's
     selection: bool = True  # Eq. (6) at inference; False is the paper's "no SS"
+    reading: Literal["best-sign", "unmixed"] = "best-sign"  # Eq. (7)-(8); or all findings at once, core/06_1_decisions
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2  # of the unmixed reading, chosen on other draws
 
 # %% ../../nbs/core/00_config.ipynb #94586e2a
 def config_to_dict(config: Config) -> dict:  # only JSON types

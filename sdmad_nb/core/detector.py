@@ -24,6 +24,7 @@ from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
 from .config import Config, config_to_dict, torch_generator, write_atomically
+from .decisions import shot_thresholds, unmixed_loss, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
 from .selection import select_signs
@@ -108,6 +109,8 @@ class SignDetector(Detector):
         self.register_buffer("sign_features", torch.zeros(count, width or clip.joint, device=clip.device))
         self.register_buffer("anchor", torch.zeros(width or clip.joint, device=clip.device))
         self.register_buffer("keep", torch.ones(count, dtype=torch.bool, device=clip.device))
+        if config.reading == "unmixed":
+            self.register_buffer("thresholds", torch.zeros(len(signs.categories), device=clip.device))  # (C,)
 
     @property
     def category(self) -> torch.Tensor: return self.signs.category.to(self.clip.device)  # (S,)
@@ -119,9 +122,15 @@ class SignDetector(Detector):
         if self.config.selection: self.keep = select_signs(self.sign_features, self.category)
         return self
 
+    @torch.no_grad()
+    def read_shots(self, support: Support):  # fixes the thresholds of the unmixed reading; gives itself back
+        if self.config.reading == "unmixed":
+            self.thresholds = shot_thresholds(self.read(self.encode_images(support.features))[0], support.labels)
+        return self
+
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        return cls(clip, signs, config).read_signs()
+        return cls(clip, signs, config).read_signs().read_shots(support)
 
 # %% ../../nbs/core/07_detector.ipynb #a55cc143
 @patch
@@ -136,16 +145,22 @@ def encode_patches(self: SignDetector, features: Features) -> torch.Tensor:  # (
 
 # %% ../../nbs/core/07_detector.ipynb #8ef783cc
 @patch
+def read(self: SignDetector, images: torch.Tensor):  # (B, D) -> scores (B, C), labels (B, C) bool
+    signs = self.sign_features, self.category
+    if self.config.reading == "best-sign":
+        return category_scores(images, *signs, self.keep), predict_categories(images, *signs, self.anchor, self.keep)
+    weights = unmixed_weights(images, *signs, self.anchor, self.config.ridge)  # (B, C + 1)
+    return weights[:, :-1], weights[:, :-1] > torch.maximum(self.thresholds, weights[:, -1:])
+
+@patch
 def predict(self: SignDetector, features: Features, maps: bool = True) -> Prediction:
     images, signs = self.encode_images(features), (self.sign_features, self.category)
     anomaly = anomaly_score(images, *signs, self.anchor, self.keep)
-    scores = category_scores(images, *signs, self.keep)
-    labels = predict_categories(images, *signs, self.anchor, self.keep)
-    if not maps: return Prediction(anomaly, scores, labels)
+    if not maps: return Prediction(anomaly, *self.read(images))
     patches = self.encode_patches(features)
     margins = category_margins(patches.flatten(0, 1), *signs, self.anchor, self.keep)  # (B * P, C)
     finding_maps = pixel_maps(self.clip, margins.unflatten(0, patches.shape[:2]).mT)  # (B, C, H, H)
-    return Prediction(anomaly, scores, labels, finding_maps.amax(1), finding_maps)
+    return Prediction(anomaly, *self.read(images), finding_maps.amax(1), finding_maps)
 
 # %% ../../nbs/core/07_detector.ipynb #4fb3a62d
 @patch
@@ -186,7 +201,8 @@ def train(
     return tuple(history)
 
 # %% ../../nbs/core/07_detector.ipynb #b8b808ce
-_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss}  # Config.loss
+_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss,
+           "unmixed": unmixed_loss}  # Config.loss
 
 class AdaptedDetector(SignDetector):
     "Bend CLIP towards the signs with trained adapters: SD-MAD. Eq. (1)-(8)"
@@ -199,13 +215,13 @@ class AdaptedDetector(SignDetector):
         adapters, bank = detector.adapters, encode_prompts(clip, signs)
         tokens, labels = shots.features.tokens(adapters.first), shots.labels.to(clip.device)
         options = dict(reduction=config.sign_reduction, other_signs=config.other_signs)
+        if config.loss == "unmixed": options = dict(ridge=config.ridge)
         def loss_of(rows):
             images = image_features(clip, tokens[rows], adapters.first, adapters.image)
             sign_features, anchor = text_features(clip, bank, adapters.text)
             return _LOSSES[config.loss](images, sign_features, bank.sign_category, anchor, labels[rows], **options)
         detector.history = train(loss_of, adapters.parameters(), len(shots), config)
-        detector.read_signs()
-        return detector
+        return detector.read_signs().read_shots(support)
 
 # %% ../../nbs/core/07_detector.ipynb #954fb3d7
 @patch

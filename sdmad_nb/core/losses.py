@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cosine_similarity', 'cosine_distance', 'image_text_loss', 'anchor_loss', 'inter_anomaly_loss', 'circle_features',
-           'check_signs', 'check_images']
+           'check_signs', 'check_images', 'check_examples']
 
 # %% ../../nbs/core/04_losses.ipynb #304661b9
 import torch
@@ -112,12 +112,16 @@ def check_images(image_features, sign_features, anchor=None):  # (B, D), (S, D) 
         _require(fits, name, value, f"{shape} with D = {width}, of finite {kind} on {device} as the signs are")
 
 # %% ../../nbs/core/04_losses.ipynb #859afba5
-def _check_loss_inputs(image_features, sign_features, sign_category, anchor, labels, reduction, other_signs):
+def check_examples(image_features, sign_features, sign_category, anchor, labels):  # as for a loss; ValueError
+    "Refuse labelled images that a loss is not defined for."
     fits = torch.is_tensor(labels) and labels.ndim == 2 and labels.numel()
     _require(fits and ((labels == 0) | (labels == 1)).all(), "labels", labels, "(B, C) of 0 and 1 alone")
     check_signs(sign_features, sign_category, labels.shape[1])
     check_images(image_features, sign_features, anchor)
     if len(labels) != len(image_features):
         raise ValueError(f"there are {len(image_features)} image_features but {len(labels)} rows of labels")
+
+def _check_loss_inputs(image_features, sign_features, sign_category, anchor, labels, reduction, other_signs):
+    check_examples(image_features, sign_features, sign_category, anchor, labels)
     if reduction not in ("sum", "mean"): raise ValueError(f"reduction is {reduction!r}: use one of sum, mean")
     if other_signs not in ("absent", "all"): raise ValueError(f"other_signs is {other_signs!r}: use one of absent, all")

@@ -87,6 +87,6 @@ def fit(cls: SignMapDetector, support, clip, signs, config):
     levels = shots.features.levels(detector.adapt_levels.blocks)
     loss_of = lambda rows: detector.loss(levels[rows], shots[rows])
     detector.history = train(loss_of, detector.adapt_levels.parameters(), len(shots), config)
-    return detector
+    return detector.read_shots(support)
 
 METHODS = (Method("sign-maps", "SD-MAD's signs on FusionCLIP-AD", SignMapDetector, tables=("beyond",)),)

@@ -14,4 +14,6 @@ METHODS = (
     Method("clip", "CLIP", SignDetector, group="frozen", tables=("table2", "table3", "parts"),
            changes={"selection": False}),
     Method("clip-ss", "CLIP + SS", SignDetector, group="frozen", tables=("parts",), changes={"selection": True}),
+    Method("clip-unmixed", "CLIP, unmixed", SignDetector, group="frozen", tables=("table2", "table3"),
+           changes={"selection": False, "reading": "unmixed"}),
 )
