@@ -118,15 +118,16 @@ def long_table(
     experiment: Experiment,
     records: list,
     columns=("shots", "seed"),  # entries of the configuration to keep
-) -> pd.DataFrame:  # a row for each record and metric; dataset, method, title, setting, metric, value
+) -> pd.DataFrame:  # a row for each record and metric; dataset, method, title, setting, metric, value, drawn
     "Put records into one table, with what they were made from."
     rows = []
     for record in records:
         short = {key: value for key, value in record.items()
                  if isinstance(value, (str, bool, int, float)) and key not in ("seconds", "peak_memory_mb")}
         short |= {key: record["config"].get(key) for key in columns}
-        rows += [{**short, "metric": "/".join(name), "value": value} for name, value in flat(record["metrics"])
-                 if isinstance(value, (bool, int, float))]
+        drawn = {name: np.array(text.split(), dtype=float) for name, text in record["resampled"].items()}
+        rows += [{**short, "metric": "/".join(name), "value": value, "drawn": drawn.get("/".join(name))}
+                 for name, value in flat(record["metrics"]) if isinstance(value, (bool, int, float))]
     long = pd.DataFrame(rows).rename(columns={"data": "dataset"}).assign(setting=experiment.setting)
     return long.assign(title=long.method.map({name: method.title for name, method in find_methods().items()}))
 

@@ -47,7 +47,8 @@ class MvfaDetector(MapDetector):
         numbers, shape = resolve_layers(config.layers, clip.depth), (clip.image.width, clip.joint, config.lam)
         draw = lambda number: torch_generator(config.seed, "twins", str(number))
         self.twins = torch.nn.ModuleDict({
-            str(number): TwinAdapter(*shape, draw(number), number == numbers[-1]) for number in numbers}).to(clip.device)
+            str(number): TwinAdapter(*shape, draw(number), number == numbers[-1])
+            for number in numbers}).to(clip.device)
 
     def tokens(self, features):  # (B, N, W), frozen
         if "no-clip-normalisation" in self.config.mvfa_faults: features = Features(self.clip, features.raw_pixels())
