@@ -277,8 +277,8 @@ def _metrics(found):  # from `lab.evaluation.evaluate` -> table
     for level, metric, name in ((*path.split("/"), name) for path, name in _NAMES.items()):
         if metric not in found.get(level, {}): continue
         rows[name] = [found[level][metric], *found[level].get("interval", {}).get(metric, [np.nan, np.nan])]
-    findings = found.get("findings", {"auroc": {}})
-    rows |= {f"AUROC {name}": [value, *findings["interval"]["auroc"][name]] for name, value in findings["auroc"].items()}
+    each, ends = (found.get("findings", {}).get(key, {}) for key in ("auroc", "interval"))
+    rows |= {f"AUROC {name}": [value, *ends["auroc"][name]] for name, value in each.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"]).rename_axis("metric").round(4)
 
 # %% ../../nbs/app/01_sdmad.ipynb #daefdc29

@@ -59,7 +59,7 @@ _FORMS = {  # metric -> function of labels, outputs, weights
     macro_auroc: lambda *tables: _mean_of(_ranked(auroc_from_counts, *tables)),
     mean_average_precision: lambda *tables: _mean_of(_ranked(ap_from_counts, *tables))}
 
-# %% ../../nbs/lab/01_statistics.ipynb #417e1d99
+# %% ../../nbs/lab/01_statistics.ipynb #96066006
 def resample(
     metric,  # of `lab.metrics`
     labels,  # (B, C) 0/1
@@ -94,7 +94,8 @@ def difference(
         variance, shares = outer + inner, outer ** 2 / (patients - 1) + inner ** 2 / (n - 1)
         freedom = variance ** 2 / shares if shares else n - 1
     half = float(student.ppf(0.975, freedom) * variance ** 0.5)
-    sure = 2 * student.sf(abs(mean) / variance ** 0.5, freedom) if variance > 0 else 1.0 if variance == mean == 0 else np.nan
+    sure = (2 * student.sf(abs(mean) / variance ** 0.5, freedom) if variance > 0 else
+            1.0 if variance == mean == 0 else np.nan)
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n, "p_value": float(sure)}
 
 # %% ../../nbs/lab/01_statistics.ipynb #4d3d2d6d

@@ -72,7 +72,8 @@ def interval_table(
     found = found[found.end.notna()].assign(metric=lambda part: (part.level + "/" + part.name).map(names))
     ends = found.pivot_table(index=[*rows, "metric"], columns="end", values="value", sort=False)
     wide = (ends["0"] != ends["1"]).groupby("metric").transform("any")
-    texts = (ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format))[wide].unstack("metric", sort=False)
+    texts = ends["0"].map("{:.1f}".format) + " to " + ends["1"].map("{:.1f}".format)
+    texts = texts[wide].unstack("metric", sort=False)
     return texts[[name for name in names.values() if name in texts]].rename_axis(columns=None)
 
 # %% ../../nbs/lab/07_tables.ipynb #ac963bb1
@@ -81,8 +82,9 @@ def _difference(one, other):  # rows of the long table of one metric of two meth
     both = one.set_index(keys).join(other.set_index(keys)[["value", "drawn"]], rsuffix="_other", how="inner")
     values = both.value - both.value_other
     if values.index.unique("dataset").size > 1: return difference(values.groupby("dataset", sort=False).mean())
-    drawn = [first - second for first, second in zip(both.drawn, both.drawn_other) if np.ndim(first) and np.ndim(second)]
-    drawn, patients = (np.stack(drawn, 1), both.patients.min()) if len(drawn) == len(both) > 0 else (np.empty((0, 0)), 0)
+    drawn = [one - other for one, other in zip(both.drawn, both.drawn_other) if np.ndim(one) and np.ndim(other)]
+    known = len(drawn) == len(both) > 0  # else the metric was not computed on drawn patients
+    drawn, patients = (np.stack(drawn, axis=1), both.patients.min()) if known else (np.empty((0, len(both))), 0)
     return difference(values, drawn, patients, generator=numpy_generator(0, "seeds"))
 
 def compare_methods(
@@ -110,14 +112,16 @@ def winners_summary(
     ours: str,  # a method
 ) -> str:  # one sentence
     "Say which method has the highest mean of each metric, oracles left out, and how far ours is from it."
-    titles, told = long.drop_duplicates("method").set_index("method").title, []
-    for metric, name in names.items():
-        average = 100 * long[(long.metric == metric) & ~long.oracle].groupby("method", sort=False).value.mean()
-        if average.isna().all(): continue
-        best = average.idxmax()
-        behind = "" if best == ours or ours not in average else f" ({titles[ours]} {average[ours]:.1f})"
-        told.append(f"{name}: {titles[best].removeprefix('- ')} {average[best]:.1f}{behind}")
-    return f"The highest mean, oracles left out: {'; '.join(told)}."
+    titles, told = long.drop_duplicates("method").set_index("method").title.str.removeprefix("- "), []
+    means = 100 * long[~long.oracle].groupby(["dataset", "metric", "method"], sort=False).value.mean()
+    for dataset in means.index.unique("dataset"):
+        told.append(f" {dataset}:" * (means.index.unique("dataset").size > 1))
+        for metric, name in names.items():
+            average = means[dataset].get(metric, pd.Series(dtype=float)).dropna()
+            if average.empty: continue
+            behind = f" ({titles[ours]} {average[ours]:.1f})" if ours in average and average.idxmax() != ours else ""
+            told.append(f" {name} {titles[average.idxmax()]} {average.max():.1f}{behind};")
+    return f"The highest mean, oracles left out:{''.join(told)[:-1]}."
 
 def ranking_summary(
     long: pd.DataFrame,  # from `long_table`
@@ -160,7 +164,7 @@ def write_tables(
     long: pd.DataFrame,  # one row for each record and metric; kept: other data sets that have the same `setting`
     as_printed,  # function of a long table -> the table to be read
     title: str,  # says what the numbers are and on which data
-    note: str,  # one line below the table
+    note,  # function of a long table -> the text below the table
 ) -> list:  # paths of table.csv and table.md
     "Write an experiment's table as CSV and Markdown."
     long = _merge(Path(folder) / "table.csv", long)
@@ -168,7 +172,7 @@ def write_tables(
     shown = table.reset_index() if any(table.index.names) else table
     rows = [shown.columns, ["---"] * shown.shape[1], *shown.itertuples(index=False)]
     lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    text = "\n".join([f"# {title}", "", *lines, "", note, ""])
+    text = "\n".join([f"# {title}", "", *lines, "", note(long), ""])
     return [write_atomically(Path(folder) / "table.csv", lambda path: long.to_csv(path, index=False)),
             write_atomically(Path(folder) / "table.md", lambda path: path.write_text(text, encoding="utf-8"))]
 
