@@ -104,7 +104,7 @@ def setting(self: Experiment) -> str:  # what a table's numbers depend on
     told = ", ".join(f"{name.replace('_', ' ')} {_every(self, name)}" for name in names)
     other = "".join(f", {method} {name} {value}" for method, change in first.changes.items()
                     for name, value in change.items() if value != getattr(first.config, name))
-    sets = f", {self.replicates} of {len(self.seeds)} each" if self.replicates != "seeds" else ""
+    sets = f", {self.replicates}" if self.replicates != "seeds" else ""
     weights = " ".join([first.config.backbone, first.config.pretrained]).strip()
     return f"{source}, {weights} at {first.clip.image_size} px, {told}, seeds {self.seeds}{sets}{other}"
 
