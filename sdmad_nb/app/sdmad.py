@@ -276,11 +276,9 @@ def _metrics(found):  # from `lab.evaluation.evaluate` -> table
     rows = {}
     for level, metric, name in ((*path.split("/"), name) for path, name in _NAMES.items()):
         if metric not in found.get(level, {}): continue
-        ends = found[level].get("interval", {})
-        ends = ends.get(metric) if isinstance(ends, dict) else ends if metric.endswith("auroc") else None
-        rows[name] = [found[level][metric], *(ends or [np.nan, np.nan])]
-    each = found.get("findings", {}).get("auroc", {})
-    rows |= {f"AUROC {name}": [value, np.nan, np.nan] for name, value in each.items()}
+        rows[name] = [found[level][metric], *found[level].get("interval", {}).get(metric, [np.nan, np.nan])]
+    each, ends = (found.get("findings", {}).get(key, {}) for key in ("auroc", "interval"))
+    rows |= {f"AUROC {name}": [value, *ends["auroc"][name]] for name, value in each.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"]).rename_axis("metric").round(4)
 
 # %% ../../nbs/app/01_sdmad.ipynb #daefdc29
@@ -289,7 +287,7 @@ def _metrics(found):  # from `lab.evaluation.evaluate` -> table
 def evaluate(
     self: SDMAD,
     data,  # "demo" or a data-set folder
-    draws: int = 200,  # of the bootstrap
+    draws: int = 1000,  # of the bootstrap
     calibrated: bool = False,  # decide by the threshold instead of the method's own rule
     maps: bool = False,  # also compare the method's maps with masks
 ) -> pd.DataFrame:  # index metric; value, low, high in [0, 1]; DataError, ValueError where nothing can be measured
@@ -303,7 +301,7 @@ def evaluate(
     if calibration:
         margins = torch.cat([self.detector.margins(part).cpu() for part in features.batches()])
         said = replace(said, labels=margins >= calibration.threshold)
-    found = evaluate(truth, said, draws=draws)
+    found, _ = evaluate(truth, said, draws=draws)
     notes += [f"the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's"
               for part in found.get("stands_for_all", [])]
     notes += [f"no tested image has {name!r}, which is therefore not measured" for name, count in

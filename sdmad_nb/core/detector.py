@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
-from torchvision.transforms.v2 import functional as transform
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from .adapters import make_adapters
@@ -247,13 +247,12 @@ def check_support(support: Support, signs: SignSet):  # raises ValueError
 
 # %% ../../nbs/core/07_detector.ipynb #17389b9d
 def _augment_mvfa(images):  # (B, C, H, H) -> (11 * B, C, H, H): all images, then each variant of all images
-    size = images.shape[-1]
-    margin, step = size // 2, round(0.1 * size)
-    padded = transform.pad(images, [margin] * 4, padding_mode="reflect")
-    cut = lambda x, down=0, right=0: x[..., margin + down:margin + down + size, margin + right:margin + right + size]
-    turn = lambda angle: cut(transform.rotate(padded, angle, interpolation=transform.InterpolationMode.BILINEAR))
-    turned = [turn(angle) for angle in (22.5, -22.5, 11.25, -11.25)]
-    moved = [cut(padded, down, right) for down in (-step, step) for right in (-step, step)]
+    def seen(angle=0.0, right=0.0, down=0.0):  # in the units of an affine grid, in which the width is 2
+        at = torch.tensor([[math.cos(angle), -math.sin(angle), right], [math.sin(angle), math.cos(angle), down]])
+        grid = F.affine_grid(at.to(images).expand(len(images), 2, 3), images.shape, align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    turned = [seen(math.pi / part) for part in (8, -8, 16, -16)]
+    moved = [seen(0.0, right, down) for down in (-0.1, 0.1) for right in (-0.1, 0.1)]
     return torch.cat([images, *turned, *moved, images.flip(-1), images.flip(-2)])
 
 def augmented(

@@ -83,6 +83,8 @@ def _require(fits, name, value, wanted):
     found = f"{value.dtype} {tuple(value.shape)} on {value.device}" if tensor else type(value).__name__
     if not fits: raise ValueError(f"{name} must be a tensor {wanted}, not {found}")
 
+def _have_direction(features): return features.isfinite().all() and features.norm(dim=-1).min() >= 1e-12
+
 def check_signs(
     sign_features,  # (S, D) floating point
     sign_category,  # (S,) integers in [0, C)
@@ -90,8 +92,8 @@ def check_signs(
 ) -> int:  # C; ValueError where a sign or a category cannot be used
     "Refuse signs that the equations are not defined for."
     fits = torch.is_tensor(sign_features) and sign_features.ndim == 2 and sign_features.is_floating_point()
-    fits = fits and sign_features.numel() and sign_features.isfinite().all()
-    _require(fits, "sign_features", sign_features, "(S, D) of finite floating-point numbers")
+    fits = fits and sign_features.numel() and _have_direction(sign_features)
+    _require(fits, "sign_features", sign_features, "(S, D) of finite floating-point numbers, no row of norm 0")
     fits = torch.is_tensor(sign_category) and sign_category.dtype in (torch.int64, torch.int32)
     fits = fits and sign_category.shape == sign_features.shape[:1]
     _require(fits, "sign_category", sign_category, f"of {len(sign_features)} integers, one for each sign")
@@ -108,8 +110,8 @@ def check_images(image_features, sign_features, anchor=None):  # (B, D), (S, D) 
     given = [("image_features", image_features, "(B, D)", 2), ("anchor", anchor, "(D,)", 1)]
     for name, value, shape, axes in given[:1] if anchor is None else given:
         fits = torch.is_tensor(value) and value.ndim == axes and value.shape[-1] == width and len(value)
-        fits = fits and (value.dtype, value.device) == (kind, device) and value.isfinite().all()
-        _require(fits, name, value, f"{shape} with D = {width}, of finite {kind} on {device} as the signs are")
+        fits = fits and (value.dtype, value.device) == (kind, device) and _have_direction(value)
+        _require(fits, name, value, f"{shape} with D = {width}, of finite {kind} on {device} like the signs, no norm 0")
 
 # %% ../../nbs/core/04_losses.ipynb #859afba5
 def check_examples(image_features, sign_features, sign_category, anchor, labels):  # as for a loss; ValueError

@@ -11,11 +11,12 @@ import torch
 from .losses import check_images, check_signs, cosine_similarity
 
 # %% ../../nbs/core/06_scores.ipynb #0a2deabe
-def _sign_similarities(image_features, sign_features, sign_category, keep):
-    # -> cosines (B, kept), categories (kept,), C; ValueError where an argument does not fit
+def _sign_similarities(image_features, sign_features, sign_category, keep, anchor=None):
+    # -> cosines, or with an anchor margins (B, kept), categories (kept,), C; ValueError where an argument does not fit
     categories = check_signs(sign_features, sign_category)
     check_images(image_features, sign_features)
     cosines = cosine_similarity(image_features, sign_features)  # (B, S)
+    if anchor is not None: cosines = sign_margins(image_features, sign_features, anchor)
     if keep is None: return cosines, sign_category.long(), categories
     if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != sign_category.shape:
         raise ValueError(f"keep must be a bool tensor with one entry for each of the {len(sign_category)} signs")
@@ -44,14 +45,11 @@ def predict_categories(
     keep=None,  # (S,) bool, from `select_signs`; None = all signs
 ) -> torch.Tensor:  # (B, C) bool; ValueError where an argument does not fit
     "Say yes to a category whose every sign is more similar to the image than the anchor is. Eq. (8)"
-    cosines, category, categories = _sign_similarities(image_features, sign_features, sign_category, keep)
-    check_images(image_features, sign_features, anchor)
-    highest = cosines.new_full((len(cosines), categories), float("inf"))
-    least_similar = highest.scatter_reduce(1, category.expand_as(cosines), cosines, "amin")  # (B, C)
-    above = least_similar - cosine_similarity(image_features, anchor)[:, None]
-    return above > 10 * torch.finfo(above.dtype).eps  # a smaller difference is rounding, and a tie is no yes
+    margins, category, categories = _sign_similarities(image_features, sign_features, sign_category, keep, anchor)
+    highest = margins.new_full((len(margins), categories), float("inf"))
+    lowest = highest.scatter_reduce(1, category.expand_as(margins), margins, "amin")  # (B, C)
+    return lowest > 10 * torch.finfo(lowest.dtype).eps  # a smaller difference is rounding, and a tie is no yes
 
-# %% ../../nbs/core/06_scores.ipynb #3333c127
 def sign_margins(
     features,  # (B, D) of images or patches
     sign_features,  # (S, D)
@@ -59,8 +57,10 @@ def sign_margins(
 ) -> torch.Tensor:  # (B, S), in [-2, 2]; ValueError where an argument does not fit
     "Measure how much better each sign fits than the anchor."
     check_images(features, sign_features, anchor)
-    return cosine_similarity(features, sign_features) - cosine_similarity(features, anchor)[:, None]
+    cosines = cosine_similarity(features, torch.cat([sign_features, anchor[None]]))  # (B, S + 1)
+    return cosines[:, :-1] - cosines[:, -1:]
 
+# %% ../../nbs/core/06_scores.ipynb #3333c127
 def category_margins(
     features,  # (B, D) of images or patches
     sign_features,  # (S, D)

@@ -46,6 +46,7 @@ def open_data(
     slice: int = 5,  # of the demo: 0, 5 or 10
     signs: str = "",  # see `signs_file`
     small: bool = False,  # a demo of 30 images, for a quick look
+    draw: int = 0,  # of the demo: which independent data set
 ) -> tuple:  # DataSet and SignSet; DataError or SignError naming every fault
     "Open a data set and its signs."
     if data == "demo":
@@ -53,8 +54,9 @@ def open_data(
             raise DataError(f"slice is {slice!r}: the demo has slices {list(SLICES)}; "
                             "for your own images set data to their folder")
         if signs: preset_path(signs)  # refuse a wrong name before images are made
-        few = dict(folder=demo_folder(slice).with_name(f"demo-small-slice{slice}"), images=24, normals=6)
-        return _open_demo(lambda: make_demo(slice, **(few if small else {})), signs)
+        whole = demo_folder(slice, draw)
+        few = dict(folder=whole.with_name(whole.name.replace("demo-", "demo-small-")), images=24, normals=6)
+        return _open_demo(lambda: make_demo(slice, draw, **(few if small else {})), signs)
     folder = Path(os.path.expanduser(data))
     if not os.path.isfile(folder / "labels.csv") or not os.access(folder / "labels.csv", os.R_OK):
         raise DataError(f"data {str(data)!r} is not a data-set folder: there is no labels.csv in it that can be read; "

@@ -39,7 +39,7 @@ class Benchmark:
     split: Split = None  # the user's own, for every seed; None draws one per seed
     demo: bool = False  # whether the images are synthetic
     protocols: tuple = ("findings", "decisions")  # what a test set must allow; "image" is added where it does
-    draws: int = 200  # of the bootstrap
+    draws: int = 1000  # of the bootstrap
     masks: bool = True  # whether the masks of the shots may be learned from
     changes: dict = field(default_factory=dict)  # method -> {field of `Config`: value}
 
@@ -54,11 +54,12 @@ def open_benchmark(
     split: str = "",  # a split file of the user's, for every seed; empty draws one per seed
     findings: int = 1,  # fewest findings that the experiment makes sense for; 0 joins all into one question
     cache: bool = True,  # False keeps nothing on disk and computes frozen values whenever they are asked for
+    draw: int = 0,  # of the demo: which independent data set
 ) -> Benchmark:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything and load what all methods share."
     where = resolve_device(device)
     check_clip(config.backbone, config.pretrained, config.image_size)
-    dataset, sign_set = open_data(data, slice, signs, small)
+    dataset, sign_set = open_data(data, slice, signs, small, draw)
     if not findings: dataset, sign_set = join_findings(dataset, restrict(sign_set, dataset.categories))
     if len(dataset.categories) < findings:
         raise DataError(f"{dataset.name} has one finding, {dataset.categories[0]!r}, and this experiment tells "
@@ -163,12 +164,13 @@ def _measure(benchmark, method, config, split, truth, protocols):  # -> what a r
     detector = method.fit(support, clip, benchmark.signs, config, **oracle)
     maps = bool({"pixels", "places"} & protocols)
     prediction = predict(detector, read_features(dataset, tested, clip), maps=maps)
-    metrics = evaluate(truth, prediction, sorted(protocols), benchmark.draws, config.seed)
+    metrics, resampled = evaluate(truth, prediction, sorted(protocols), benchmark.draws)
     kept = {name: value for name in ("anomaly", "scores", "labels") if (value := getattr(prediction, name)) is not None}
     drawn = {"train": split.train, "test": split.test, "positives": truth.labels.sum(0).tolist()}
     kept |= {"keep": getattr(detector, "keep", None), "maps": _few_maps(dataset, tested, prediction)}
-    return {"metrics": metrics, "protocols": sorted(protocols), "split": drawn, "oracle": method.oracle,
-            "outputs": kept}
+    resampled = {name: " ".join(f"{value:.4f}" for value in values) for name, values in resampled.items()}
+    return {"metrics": metrics, "resampled": resampled, "patients": len(set(truth.patients)),
+            "protocols": sorted(protocols), "split": drawn, "oracle": method.oracle, "outputs": kept}
 
 # %% ../../nbs/lab/06_benchmark.ipynb #67906ac9
 def _few_rows(dataset, rows):  # -> numbers of test images

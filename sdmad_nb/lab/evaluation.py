@@ -19,7 +19,7 @@ from .localisation import Places, localise
 from .metrics import (category_auroc, hamming_score, macro_auroc, macro_f1, mean_average_precision,
                                   subset_accuracy)
 from .pixel_metrics import pixel_metrics
-from .statistics import bootstrap_interval
+from .statistics import draw_weights, middle_of, resample
 
 # %% ../../nbs/lab/04_evaluation.ipynb #768bb267
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class Truth:
     def labels(self) -> np.ndarray: return self.dataset.labels[self.rows]  # (B, C) 0/1
     @property
     def patients(self) -> np.ndarray: return np.asarray(self.dataset.patients)[self.rows]  # (B,) names
+    def weights(self, draws: int) -> np.ndarray:  # (draws, B): the same patients are drawn for every method and seed
+        return draw_weights(self.dataset.patients, draws, numpy_generator(0, "patients"))[:, self.rows]
     @cached_property
     def places(self) -> Places: return Places(self.dataset, self.rows)
     @cached_property
@@ -68,37 +70,37 @@ def check_truth(
         if fault := _faults(truth).get(name): raise DataError(fault)
 
 # %% ../../nbs/lab/04_evaluation.ipynb #3458bec0
-def _interval(metric, truth, labels, outputs, draws, seed):
-    generator = numpy_generator(seed, "bootstrap")
-    return list(bootstrap_interval(metric, labels, outputs, truth.patients, draws, generator=generator))
+def _measured(level, metrics, tables, weights):  # names -> functions; labels and outputs -> {level: ...}, drawn
+    drawn = {name: resample(metric, *tables, weights) for name, metric in metrics.items()}
+    found = {name: metric(*tables) for name, metric in metrics.items()}
+    found["interval"] = {name: middle_of(values) for name, values in drawn.items()}
+    return {level: found}, {f"{level}/{name}": values for name, values in drawn.items()}
 
-def _image(truth, anomaly, *bootstrap):
+def _image(truth, anomaly, weights):
     tables = truth.labels.any(axis=1, keepdims=True), anomaly[:, None]  # (B, 1)
-    return {"image": {"auroc": macro_auroc(*tables), "ap": mean_average_precision(*tables),
-                      "interval": _interval(macro_auroc, truth, *tables, *bootstrap)}}
+    return _measured("image", {"auroc": macro_auroc, "ap": mean_average_precision}, tables, weights)
 
-def _findings(truth, scores, *bootstrap):
-    tables = truth.labels, scores
-    return {"findings": {"macro_auroc": macro_auroc(*tables), "map": mean_average_precision(*tables),
-                         "auroc": dict(zip(truth.dataset.categories, category_auroc(*tables).tolist())),
-                         "interval": _interval(macro_auroc, truth, *tables, *bootstrap)}}
+def _findings(truth, scores, weights):
+    tables, names = (truth.labels, scores), truth.dataset.categories
+    found, drawn = _measured("findings", {"macro_auroc": macro_auroc, "map": mean_average_precision}, tables, weights)
+    each = dict(zip(names, resample(category_auroc, *tables, weights)))
+    found["findings"]["auroc"] = dict(zip(names, category_auroc(*tables).tolist()))
+    found["findings"]["interval"]["auroc"] = {name: middle_of(values) for name, values in each.items()}
+    return found, drawn | {f"findings/auroc/{name}": values for name, values in each.items()}
 
-def _decisions(truth, labels, *bootstrap):
-    tables, metrics = (truth.labels, labels), {"hamming": hamming_score, "subset_accuracy": subset_accuracy}
-    intervals = {name: _interval(metric, truth, *tables, *bootstrap) for name, metric in metrics.items()}
-    return {"decisions": {**{name: metric(*tables) for name, metric in metrics.items()},
-                          "macro_f1": macro_f1(*tables), "interval": intervals}}
+def _decisions(truth, labels, weights):
+    metrics = {"hamming": hamming_score, "subset_accuracy": subset_accuracy, "macro_f1": macro_f1}
+    return _measured("decisions", metrics, (truth.labels, labels), weights)
 
 # %% ../../nbs/lab/04_evaluation.ipynb #7e315100
-def _pixels(truth, anomaly_map, draws, seed):
-    known = truth.masks, truth.places.foregrounds, truth.patients
-    return pixel_metrics(anomaly_map, *known, draws, generator=numpy_generator(seed, "bootstrap"))
+def _pixels(truth, anomaly_map, weights):
+    return pixel_metrics(anomaly_map, truth.masks, truth.places.foregrounds, weights)
 
-def _places(truth, finding_maps, *bootstrap):
+def _places(truth, finding_maps, _):
     found = localise(truth.places, finding_maps)
     rows = [{**{f"{kind}_{name}": value for kind in ("where", "which") for name, value in one[kind].items()},
              **{name: one[name] for name in ("pointing", "chance", "box_iou")}} for one in found.values()]
-    return {"place": pd.DataFrame(rows).mean().to_dict(), "finding": found}
+    return {"place": pd.DataFrame(rows).mean().to_dict(), "finding": found}, {}
 
 # %% ../../nbs/lab/04_evaluation.ipynb #5a9e558d
 def _given(prediction, part, findings):  # -> tensor or None, whether it is one that stands for all findings
@@ -111,17 +113,17 @@ def evaluate(
     truth: Truth,  # of B images
     prediction,  # a `Prediction` of the same images
     protocols=_PROTOCOLS,  # what to measure; what the method or the test images do not give is left out
-    draws: int = 200,  # of the bootstrap
-    seed: int = 0,  # of the bootstrap
-) -> dict:  # nested metrics in [0, 1] or NaN; ValueError for a prediction of other images, or of nothing that was asked
+    draws: int = 1000,  # of the bootstrap
+) -> tuple:  # nested metrics in [0, 1] or NaN; {metric: (draws,)} of drawn test sets; ValueError where nothing fits
     "Measure a prediction by every protocol that it and the test images allow."
-    found, stand_ins, faults = {}, [], _faults(truth)
+    found, drawn, stand_ins, faults, weights = {}, {}, [], _faults(truth), truth.weights(draws)
     for (name, part), measure in zip(_PROTOCOLS.items(), (_image, _findings, _decisions, _pixels, _places)):
         output, stands = _given(prediction, part, len(truth.dataset.categories))
         if name not in protocols or name in faults or output is None: continue
         if len(output) != len(truth.rows):
             raise ValueError(f"{part} has {len(output)} images and the test set {len(truth.rows)}: predict all these")
-        found |= measure(truth, output, draws, seed)
+        measured, again = measure(truth, output, weights)
+        found, drawn = found | measured, drawn | again
         if stands: stand_ins.append(part)
     if not found: raise ValueError(f"nothing here can be measured as {' or '.join(protocols)}: use another protocol")
-    return found | ({"stands_for_all": stand_ins} if stand_ins else {})
+    return found | ({"stands_for_all": stand_ins} if stand_ins else {}), drawn

@@ -24,7 +24,7 @@ from .benchmark import check_seeds, run_all, split_of
 from .evaluation import Truth, check_truth
 from .plots import COLOURS
 from .records import flat, results_folder
-from .tables import paper_table, write_tables
+from .tables import paper_table, winners_summary, write_tables
 from ..methods.registry import find_method, find_methods
 
 # %% ../../nbs/lab/09_experiment.ipynb #bfb8a965
@@ -93,7 +93,8 @@ def _every(experiment, name):  # values of a field of the configuration, over th
 def heading(self: Experiment) -> str:  # what a table is about
     counted = lambda text, noun: f"{text} {noun}{'' if text == '1' else 's'}"
     return (f"{'DEMO DATA, ' * self.demo}{self.dataset.folder.name}, {self.benchmarks[0].clip.name} backbone, "
-            f"{counted(_every(self, 'shots'), 'shot')}, {counted(str(len(self.seeds)), 'seed')}")
+            f"{counted(_every(self, 'shots'), 'shot')}, {counted(str(len(self.seeds)), 'seed')}"
+            f"{f', {self.replicates}' * (self.replicates != 'seeds')}")
 
 @patch(as_prop=True)
 def setting(self: Experiment) -> str:  # what a table's numbers depend on
@@ -103,8 +104,14 @@ def setting(self: Experiment) -> str:  # what a table's numbers depend on
     told = ", ".join(f"{name.replace('_', ' ')} {_every(self, name)}" for name in names)
     other = "".join(f", {method} {name} {value}" for method, change in first.changes.items()
                     for name, value in change.items() if value != getattr(first.config, name))
+    sets = f", {self.replicates}" if self.replicates != "seeds" else ""
     weights = " ".join([first.config.backbone, first.config.pretrained]).strip()
-    return f"{source}, {weights} at {first.clip.image_size} px, {told}, seeds {self.seeds}{other}"
+    return f"{source}, {weights} at {first.clip.image_size} px, {told}, seeds {self.seeds}{sets}{other}"
+
+@patch(as_prop=True)
+def replicates(self: Experiment) -> str:  # what a table's standard deviations are over
+    sets = len({one.dataset.name for one in self.benchmarks})
+    return f"{sets} data sets" if sets > 1 else "seeds"
 
 @patch(as_prop=True)
 def disclaimer(self: Experiment) -> str:  # what the numbers are not
@@ -118,15 +125,16 @@ def long_table(
     experiment: Experiment,
     records: list,
     columns=("shots", "seed"),  # entries of the configuration to keep
-) -> pd.DataFrame:  # a row for each record and metric; dataset, method, title, setting, metric, value
+) -> pd.DataFrame:  # a row for each record and metric; dataset, method, title, setting, metric, value, drawn
     "Put records into one table, with what they were made from."
     rows = []
     for record in records:
         short = {key: value for key, value in record.items()
                  if isinstance(value, (str, bool, int, float)) and key not in ("seconds", "peak_memory_mb")}
         short |= {key: record["config"].get(key) for key in columns}
-        rows += [{**short, "metric": "/".join(name), "value": value} for name, value in flat(record["metrics"])
-                 if isinstance(value, (bool, int, float))]
+        drawn = {name: np.array(text.split(), dtype=float) for name, text in record["resampled"].items()}
+        rows += [{**short, "metric": "/".join(name), "value": value, "drawn": drawn.get("/".join(name))}
+                 for name, value in flat(record["metrics"]) if isinstance(value, (bool, int, float))]
     long = pd.DataFrame(rows).rename(columns={"data": "dataset"}).assign(setting=experiment.setting)
     return long.assign(title=long.method.map({name: method.title for name, method in find_methods().items()}))
 
@@ -134,11 +142,13 @@ def write_results(
     experiment: Experiment,
     long: pd.DataFrame,  # from `long_table`
     as_printed,  # function of a long table -> the table to be read
+    names: dict = None,  # metrics -> what they are called, of the sentence that says which method is best
+    ours: str = "",  # a method, whose distance from the best is told
 ) -> list:  # paths of table.csv and table.md
     "Write the long table and the one to be read."
-    note = f"{experiment.disclaimer} Mean ± standard deviation over seeds, in percent."
-    title = f"{experiment.label} ({experiment.setting})"
-    return write_tables(experiment.folder, long, as_printed, title, note)
+    note = f"{experiment.disclaimer} Mean ± standard deviation over {experiment.replicates}, in percent."
+    told = lambda rows: f"{note} {winners_summary(rows, names, ours)}" if names else note
+    return write_tables(experiment.folder, long, as_printed, f"{experiment.label} ({experiment.setting})", told)
 
 # %% ../../nbs/lab/09_experiment.ipynb #178383f0
 _PRINTED_AS = {"CLIP": "clip-map", "WinCLIP": "winclip-plus", "APRIL-GAN": "april-gan", "MVFA": "mvfa",

@@ -13,7 +13,7 @@ from skimage.measure import label as connected_regions
 from sklearn.metrics import auc
 from torch.nn import functional as F
 
-from .statistics import auroc_from_counts, draw_weights, middle_of
+from .statistics import ap_from_counts, auroc_from_counts, middle_of
 
 # %% ../../nbs/lab/02_pixel_metrics.ipynb #685bcbe2
 def rank_metrics(scores, abnormal, parts):  # columns (N,), scores falling -> {auroc, aupro, ap}, NaN where not defined
@@ -23,10 +23,12 @@ def rank_metrics(scores, abnormal, parts):  # columns (N,), scores falling -> {a
     found = dict.fromkeys(("auroc", "aupro", "ap"), float("nan"))
     if hits[-1]: found["ap"] = float(np.diff(hits) @ (hits[1:] / (last + 1)) / hits[-1])
     if not hits[-1] or not misses[-1]: return found
-    wrong, overlap = misses / misses[-1], regions / regions[-1]
+    wrong = misses / misses[-1]
+    return found | {"auroc": float(auc(wrong, hits / hits[-1])), "aupro": _aupro(wrong, regions / regions[-1])}
+
+def _aupro(wrong, overlap):  # of one curve, from (0, 0) to (1, 1)
     below, edge = wrong < 0.3, np.interp(0.3, wrong, overlap)
-    aupro = auc(np.append(wrong[below], 0.3), np.append(overlap[below], edge)) / 0.3
-    return found | {"auroc": float(auc(wrong, hits / hits[-1])), "aupro": float(aupro)}
+    return float(auc(np.append(wrong[below], 0.3), np.append(overlap[below], edge)) / 0.3)
 
 # %% ../../nbs/lab/02_pixel_metrics.ipynb #8259d7f7
 def region_parts(mask):  # (H, W) bool -> (H, W) float32, each pixel's share of its region, 0 outside regions
@@ -55,31 +57,33 @@ def foreground(
     return ndimage.binary_fill_holes(grey > level * grey.max())
 
 # %% ../../nbs/lab/02_pixel_metrics.ipynb #aceb2cf6
-def _pixel_interval(scores, abnormal, patient, draws, generator):  # columns (N,), scores falling -> [low, high]
+def _drawn_metrics(scores, abnormal, parts, image, weights):  # columns (N,), scores falling; (R, B) -> {name: (R,)}
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
     bins = np.repeat(last * 1000 // len(scores), np.diff(last, prepend=-1))  # (N,) in [0, 1000)
-    cells, patients = patient * 1000 + bins, int(patient.max()) + 1
-    count = lambda chosen: np.bincount(cells[chosen], minlength=1000 * patients).reshape(patients, 1000).astype(float)
-    weights = draw_weights(np.arange(patients), draws, generator)  # (draws, patients)
-    return list(middle_of(auroc_from_counts(weights @ count(abnormal), weights @ count(~abnormal))))
+    cells, shape = image * 1000 + bins, (weights.shape[1], 1000)
+    count = lambda column: weights @ np.bincount(cells, column, minlength=shape[0] * 1000).reshape(shape)  # (R, 1000)
+    hits, regions, misses = count(abnormal), count(parts), count(~abnormal)
+    defined, share = (hits.sum(1) > 0) & (misses.sum(1) > 0), lambda row: np.append(0, row.cumsum()) / row.sum()
+    aupro = [_aupro(share(wrong), share(part)) if ok else np.nan for ok, wrong, part in zip(defined, misses, regions)]
+    return {"auroc": auroc_from_counts(hits, misses), "ap": ap_from_counts(hits, misses), "aupro": np.array(aupro)}
 
 # %% ../../nbs/lab/02_pixel_metrics.ipynb #d8820906
 def pixel_metrics(
     maps: torch.Tensor,  # (B, h, w), higher is more abnormal
     masks: list,  # B of (H, W) bool, of any sizes, or None where an image's mask is not known
     foregrounds: list,  # B of (H, W) bool, from `foreground`
-    patients,  # B names
-    draws: int = 200,  # of the bootstrap
-    *,
-    generator,  # numpy.random.Generator, of the bootstrap
-) -> dict:  # {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}; ValueError without a mask
-    "Compare maps with masks pixel by pixel."
+    weights,  # (R, B), from `draw_weights`
+) -> tuple:  # {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}, {"pixel/auroc": (R,), ...}
+    "Compare maps with masks pixel by pixel; ValueError without a mask."
     known = [i for i, mask in enumerate(masks) if mask is not None]
     if not known: raise ValueError("no image has a mask, so pixels cannot be measured: add masks, or leave pixels out")
-    numbers = np.unique(np.asarray(patients), return_inverse=True)[1].ravel().astype(np.int32)
-    scores, abnormal, parts, inside, patient = falling(
-        (fit_map(maps[i], masks[i].shape), masks[i], region_parts(masks[i]), foregrounds[i],
-         np.full(masks[i].shape, numbers[i])) for i in known)
-    measure = lambda rows: {**rank_metrics(scores[rows], abnormal[rows], parts[rows]), "interval": _pixel_interval(
-        scores[rows], abnormal[rows], patient[rows], draws, generator)}
-    return {"pixel": measure(slice(None)), "inside": measure(inside)}
+    *columns, inside = falling(
+        (fit_map(maps[i], masks[i].shape), masks[i], region_parts(masks[i]), np.full(masks[i].shape, i, np.int32),
+         foregrounds[i]) for i in known)
+    found, drawn, weights = {}, {}, np.asarray(weights, dtype=float)
+    for level, rows in (("pixel", slice(None)), ("inside", inside)):
+        *ranked, image = (column[rows] for column in columns)
+        again = _drawn_metrics(*ranked, image, weights)
+        found[level] = rank_metrics(*ranked) | {"interval": {name: middle_of(each) for name, each in again.items()}}
+        drawn |= {f"{level}/{name}": each for name, each in again.items()}
+    return found, drawn

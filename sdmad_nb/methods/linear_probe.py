@@ -47,5 +47,16 @@ def _fit_probe(shots, labels):  # (K, D), (K,) bool -> weight (D,), bias
     model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(shots, labels)
     return model.coef_[0], model.intercept_[0]
 
-METHODS = (Method("linear-probe", "Linear probe", LinearProbe, ("anomaly", "scores", "labels"), "frozen",
-                  ("table2", "table3")),)
+class ThresholdProbe(LinearProbe):
+    "Decide half-way between a finding's shots and the nearest other shot. After Radford et al. 2021"
+    def learn(self, support):
+        super().learn(support)
+        self.bias -= _half_way(self.logits(support.features)[:, :-1], support.labels.bool().to(self.bias.device))
+
+def _half_way(scores, has):  # (K, C), (K, C) bool -> (C,), 0 where all shots have a finding, or none
+    positive, others = scores.masked_fill(~has, float("nan")).nanmean(0), scores.masked_fill(has, -float("inf")).amax(0)
+    return ((positive + others) / 2).nan_to_num(0, 0, 0)
+
+_GIVES = ("anomaly", "scores", "labels")
+METHODS = (Method("linear-probe", "Linear probe", LinearProbe, _GIVES, "frozen", ("table2", "table3")),
+           Method("linear-probe-threshold", "Linear probe (threshold)", ThresholdProbe, _GIVES, "frozen", ("table2",)))

@@ -27,10 +27,10 @@ from .registry import Method
 # %% ../../nbs/methods/13_mvfa.ipynb #9b0ddb5f
 class TwinAdapter(torch.nn.Module):
     "Read a block's tokens for segmentation and detection, and write both back. Huang et al. 2024"
-    def __init__(self, width, joint, lam, generator=None):
+    def __init__(self, width, joint, lam, generator=None, last=False):  # the last one writes nothing back
         super().__init__()
         self.down = torch.nn.ModuleList(draw_linear(width, joint, generator) for _ in range(2))
-        self.up = torch.nn.ModuleList(draw_linear(joint, width, generator) for _ in range(2))
+        self.up = torch.nn.ModuleList(draw_linear(joint, width, generator) for _ in range(0 if last else 2))
         self.lam = lam
 
     def forward(self, tokens):  # (B, N, W) -> tokens for the next block (B, N, W), what is compared with text
@@ -44,10 +44,11 @@ class MvfaDetector(MapDetector):
     signs_in_loss = False  # whether SD-MAD's loss is added
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)
+        numbers, shape = resolve_layers(config.layers, clip.depth), (clip.image.width, clip.joint, config.lam)
         draw = lambda number: torch_generator(config.seed, "twins", str(number))
         self.twins = torch.nn.ModuleDict({
-            str(number): TwinAdapter(clip.image.width, clip.joint, config.lam, draw(number))
-            for number in resolve_layers(config.layers, clip.depth)}).to(clip.device)
+            str(number): TwinAdapter(*shape, draw(number), number == numbers[-1])
+            for number in numbers}).to(clip.device)
 
     def tokens(self, features):  # (B, N, W), frozen
         if "no-clip-normalisation" in self.config.mvfa_faults: features = Features(self.clip, features.raw_pixels())
@@ -67,15 +68,16 @@ def loss(self: MvfaDetector, tokens, shots, text):  # (K, N, W), Support of K im
     segmentation, detection = text_logits(patches, text.normal, text.abnormal, self.clip.scale).unbind(1)  # (B, L, P)
     loss = image_loss(detection, labels, "logits-of-probabilities" in self.config.mvfa_faults)
     loss = loss + known_mask_loss(self.clip, segmentation, shots)
-    return loss + _sign_loss(patches[:, 1], labels, text) if self.signs_in_loss else loss
+    scored = 1 if shots.masks is None else 0  # detection, or segmentation: what an image's score is read from
+    return loss + _sign_loss(patches[:, scored], labels, text) if self.signs_in_loss else loss
 
 # %% ../../nbs/methods/13_mvfa.ipynb #6375f09e
 class SignMvfaDetector(MvfaDetector):
     "Add SD-MAD's loss to MVFA's. Eq. (5)"
     signs_in_loss = True
 
-def _sign_loss(detection, labels, text):  # (B, L, P, D), (B,) 0/1, TextFeatures -> sum over levels, mean over images
-    features = F.normalize(F.normalize(detection, dim=-1).mean(2), dim=-1)  # (B, L, D)
+def _sign_loss(patches, labels, text):  # (B, L, P, D), (B,) 0/1, TextFeatures -> sum over levels, mean over images
+    features = F.normalize(F.normalize(patches, dim=-1).mean(2), dim=-1)  # (B, L, D)
     signs = text.signs, torch.zeros(len(text.signs), dtype=torch.long, device=labels.device), text.anchor
     return sum(inter_anomaly_loss(level, *signs, labels[:, None], reduction="mean") for level in features.unbind(1))
 
