@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #324e185d
 import torch
+from fastcore.basics import patch
 from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps, run_blocks
@@ -62,18 +63,6 @@ class AnomalyClip(Learner):
         tokens = features.frozen(names, compute) if self.surgery else features.levels(self.blocks)
         return self.clip.image.project(patches_of(self.clip, tokens))
 
-    def learn(self, support):
-        shots, draw = augmented(support, self.config.augment), torch_generator(self.config.seed, "context")
-        context = random_context(self.clip, draw, vectors=12, sets=2)
-        prompts = LearnedPrompts(self.clip, ["", ""], ["object.", "damaged object."], context)
-        images, patches = shots.features.image_features(), self.patches(shots.features)
-        def loss_of(rows):
-            text = prompts()
-            logits = [text_logits(part[rows], *text, 1 / 0.07) for part in (images, patches)]
-            return _glocal_loss(self.clip, *logits, shots[rows])
-        self.history = train(loss_of, prompts.parameters(), len(shots), self.config)
-        with torch.no_grad(): self.text = prompts()
-
     @torch.no_grad()
     def predict(self, features, maps=True):
         anomaly = text_logits(features.image_features(), *self.text, 1 / 0.07)
@@ -81,10 +70,24 @@ class AnomalyClip(Learner):
         logits = text_logits(self.patches(features), *self.text, 1 / 0.07)
         return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, logits).sigmoid().mean(1))
 
+# %% ../../nbs/methods/20_anomaly_clip.ipynb #75ac4fba
+@patch
+def learn(self: AnomalyClip, support):
+    shots, draw = augmented(support, self.config.augment), torch_generator(self.config.seed, "context")
+    context = random_context(self.clip, draw, vectors=12, sets=2)
+    prompts = LearnedPrompts(self.clip, ["", ""], ["object.", "damaged object."], context)
+    images, patches = shots.features.image_features(), self.patches(shots.features)
+    def loss_of(rows):
+        text = prompts()
+        logits = [text_logits(part[rows], *text, 1 / 0.07) for part in (images, patches)]
+        return _glocal_loss(self.clip, *logits, shots[rows])
+    self.history = train(loss_of, prompts.parameters(), len(shots), self.config)
+    with torch.no_grad(): self.text = prompts()
+
 class PlainAnomalyClip(AnomalyClip):
     "Leave the attention as it is."
     surgery = False
 
 _ROW = dict(gives=("anomaly", "anomaly_map"), tables=("table1",), needs=("both",))
-METHODS = (Method("anomaly-clip", "AnomalyCLIP (trained on the shots)", AnomalyClip, **_ROW),
+METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, **_ROW),
            Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, **_ROW))
