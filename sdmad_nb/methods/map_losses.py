@@ -16,14 +16,15 @@ def _focal_loss(logits, masks, gamma=2.0):  # (B, H, W), (B, H, W) 0/1 -> scalar
     return sigmoid_focal_loss(logits, masks.to(logits.dtype), alpha=-1, gamma=gamma, reduction="mean")
 
 # %% ../../nbs/methods/09_map_losses.ipynb #c0b3d601
-def _dice_loss(probabilities, masks):  # (B, H, W) in [0, 1], (B, H, W) 0/1 -> scalar in [0, 1), mean over images
+def dice_loss(probabilities, masks):  # (B, H, W) in [0, 1], (B, H, W) 0/1 -> scalar in [0, 1), mean over images
+    "Compare the area that a map and a mask share with that of each. Milletari et al. 2016"
     p, t = probabilities.flatten(1), masks.flatten(1).to(probabilities.dtype)  # (B, H * W)
     return 1 - ((2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
 
 # %% ../../nbs/methods/09_map_losses.ipynb #d3585597
 def segmentation_loss(maps, masks):  # (B, L, H, W) logits, (B, H, W) 0/1 -> scalar: sum over levels, mean over images
     "Compare the map of every level with the mask. FusionCLIP-AD, Eq. (6)"
-    return sum(_focal_loss(level, masks) + _dice_loss(level.sigmoid(), masks) for level in maps.unbind(1))
+    return sum(_focal_loss(level, masks) + dice_loss(level.sigmoid(), masks) for level in maps.unbind(1))
 
 # %% ../../nbs/methods/09_map_losses.ipynb #14d0ea8b
 def image_loss(logits, labels, faulty=False):  # (B, L, P), (B,) 0/1; True takes the probability for a logit
