@@ -7,11 +7,15 @@ __all__ = ['LAYER_PRESETS', 'PATHS', 'Config', 'config_to_dict', 'resolve_layers
            'resolve_device', 'project_root', 'cache_folder', 'write_atomically']
 
 # %% ../../nbs/core/00_config.ipynb #7b4033b5
+import errno
 import hashlib
 import os
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -156,24 +160,34 @@ def write_atomically(
     writer,  # called with a temporary path in the same folder, writes the content there
 ) -> Path:  # PermissionError, with the remedy, where it cannot be written
     "Write a file whole or not at all."
-    path, target, name = Path(path), Path(os.path.realpath(path)), None
+    path, target, name = Path(path), Path(os.path.realpath(path)), ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try: mode = target.stat().st_mode
         except FileNotFoundError: mode = stat.S_IFREG
         if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
         suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
-        if stat.S_ISREG(mode): handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
+        if stat.S_ISREG(mode):  # and neither a device nor a pipe
+            _remove_old(target.parent)
+            handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
+            os.close(handle)
     except OSError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}): "
                               "choose another name or folder, or change its rights") from error
-    if name is None:  # a device or a pipe
-        writer(target)
-        return path
-    os.close(handle)
     try:
-        writer(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally: Path(name).unlink(missing_ok=True)
+        writer(Path(name or target))
+        if name: os.chmod(name, 0o644)
+        if name: os.replace(name, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(f"cannot write {path} ({error.strerror}): free some space there, or choose another folder, and "
+                      "run again, which goes on from what is finished") from error
+    finally:
+        if name: Path(name).unlink(missing_ok=True)
     return path
+
+@cache  # once in each process
+def _remove_old(folder):  # what processes that were killed have left
+    for file in folder.glob(".tmp-*"):
+        with suppress(OSError):  # another process may be faster
+            if time.time() - file.stat().st_mtime > 24 * 3600: file.unlink()

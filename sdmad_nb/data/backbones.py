@@ -19,7 +19,7 @@ import timm
 import torch
 from open_clip.model import resize_pos_embed
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open, save
 from timm.layers import HybridEmbed
 from timm.models.vision_transformer import VisionTransformer
 
@@ -32,12 +32,11 @@ def load_clip(
     pretrained: str = "",  # tag, checkpoint file, or "random"; empty for the demo, for hub and folder names
     image_size: int = 0,  # pixels, positions are interpolated; 0 = the model's own
     device="cpu",
-    cache=None,  # folder for frozen values; None keeps nothing
 ) -> Clip:  # ValueError where name, weights and size do not fit; ConnectionError where weights cannot be fetched
     "Load a CLIP model and freeze it."
     pretrained = str(pretrained or "")
     check_clip(name, pretrained, image_size)
-    if name in _PACKAGED: return load_demo_clip(_ASSETS / f"{name}_clip.safetensors", device, cache)
+    if name in _PACKAGED: return load_demo_clip(_ASSETS / f"{name}_clip.safetensors", device)
     _check_code(name)
     try:
         with torch.random.fork_rng():
@@ -49,7 +48,7 @@ def load_clip(
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error: raise _loading_error(name, pretrained, error) from error
     if image_size: resize_input(model, image_size)
-    return freeze_clip(name, model, tokenizer, device=device, cache=cache)
+    return freeze_clip(name, model, tokenizer, device=device)
 
 # %% ../../nbs/data/08_backbones.ipynb #f1f20eb4
 def save_demo_clip(
@@ -65,7 +64,7 @@ def save_demo_clip(
     kept = state["token_embedding.weight"][rows.long()].contiguous()
     state |= {"token_embedding.weight": kept, "token_embedding.rows": rows}
     notes = {"config": json.dumps(config), "sources": sources}
-    return write_atomically(path, lambda file: save_file(state, file, notes))
+    return write_atomically(path, lambda file: file.write_bytes(save(state, notes)))
 
 # %% ../../nbs/data/08_backbones.ipynb #cdfa7248
 @timm.models.register_model
@@ -95,7 +94,6 @@ def _read_packaged(path):  # -> configuration and state
 def load_demo_clip(
     weights=None,  # safetensors file; the demo's packaged one by default
     device="cpu",
-    cache=None,  # folder for frozen values
 ) -> Clip:  # FileNotFoundError where the package lacks its data files; ValueError where one is damaged
     "Load a packaged backbone."
     path = Path(weights or _ASSETS / "demo_clip.safetensors")
@@ -110,7 +108,7 @@ def load_demo_clip(
         raise ValueError(f"{path} is damaged or of another version ({_reason(error)}): {remedy}") from error
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     model.visual.preprocess_cfg = preprocessing  # open_clip's place for it; None is OpenAI's
-    return freeze_clip(path.stem.removesuffix("_clip"), model, tokenizer, device=device, cache=cache)
+    return freeze_clip(path.stem.removesuffix("_clip"), model, tokenizer, device=device)
 
 # %% ../../nbs/data/08_backbones.ipynb #bf924e1f
 def _is_torchscript(path):

@@ -20,6 +20,7 @@ from ..core.config import Config, cache_folder, config_to_dict, resolve_device, 
 from ..core.detector import predict
 from ..core.signs import SignSet, restrict
 from ..data.backbones import check_clip, load_clip
+from ..data.cache import Cache
 from ..data.folder import DataError, DataSet, dataset_fingerprint
 from ..data.open_data import open_data
 from ..data.splits import Split, draw_split, hold_out, indices, read_split, write_split
@@ -66,8 +67,8 @@ def open_benchmark(
     own = read_split(split, dataset) if split else None
     if own: config = replace(config, shots=own.shots or config.shots, split_level=own.level)
     else: _draw(dataset, config)  # are there enough images?
-    folder = cache_folder("frozen") if cache else None
-    clip = load_clip(config.backbone, config.pretrained, config.image_size, where, folder)
+    clip = load_clip(config.backbone, config.pretrained, config.image_size, where)
+    if cache: clip = replace(clip, cache=Cache(cache_folder("frozen")))
     resolve_layers(config.layers, clip.depth)
     return Benchmark(dataset, restrict(sign_set, dataset.categories), clip, config, own, data == "demo")
 
@@ -102,7 +103,7 @@ def check_cache(
     if clip.cache is None: return
     rows, columns = clip.grid
     size = 4e-9 * count * len(resolve_layers(layers, clip.depth)) * (1 + rows * columns) * clip.image.width
-    print(f"frozen tokens of {count} images: at most {size:.2f} GB in {clip.cache.name}/")
+    print(f"frozen tokens of {count} images: at most {size:.2f} GB in {clip.cache.root.name}/")
     if limit_gb and size > limit_gb:
         raise ValueError(f"the frozen tokens of {count} images would take {size:.2f} GB, more than the limit of "
                          f"{limit_gb} GB: raise cache_limit_gb, or set cache to False to compute them when needed")
