@@ -136,7 +136,7 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
                 "masks": benchmark.masks, "draws": benchmark.draws,
                 "drawn": _digest([split.train, split.test]), "code": code}
     told = ["config", "labels", "masks", "draws", *["drawn"] * bool(benchmark.split)]
-    variant = _digest([identity[name] for name in told])[:6]
+    variant = _digest([identity[name] for name in told])
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
