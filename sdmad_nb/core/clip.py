@@ -32,7 +32,8 @@ def run_blocks(
 ) -> torch.Tensor:  # (B, N, W) after block `stop` and its adapter
     "Run a range of image blocks with their adapters. Eq. (2)"
     for number in range(start + 1, stop + 1):
-        tokens = clip.image.blocks[number - 1](tokens)
+        with torch.autocast(tokens.device.type, clip.dtype, enabled=clip.dtype != torch.float32):
+            tokens = clip.image.blocks[number - 1](tokens)
         if adapters and number in adapters: tokens = adapters[number](tokens)
     return tokens
 
@@ -102,7 +103,8 @@ class _TimmImageTower(_ImageTower):
 
     def stem(self, images):
         trunk = self.visual.trunk
-        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+        tokens = trunk._pos_embed(trunk.patch_embed(images))  # an EVA trunk gives its rotary positions, too
+        return trunk.norm_pre(tokens[0] if self.rotary else tokens)
 
     def head(self, tokens):
         trunk = self.visual.trunk
@@ -124,10 +126,6 @@ class _EvaImageTower(_TimmImageTower):
             rope = trunk._pos_embed(trunk.patch_embed(blank))[1]
         each = rope if getattr(trunk, "rope_mixed", False) and rope is not None else [rope] * len(trunk.blocks)
         self.blocks = [partial(block, rope=one) for block, one in zip(trunk.blocks, each)]
-
-    def stem(self, images):
-        trunk = self.visual.trunk
-        return trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images))[0])
 
 # %% ../../nbs/core/02_clip.ipynb #9e731ae0
 class _TextTower:
@@ -196,6 +194,7 @@ class Clip:
     preprocess: object  # PIL image -> (3, image_size, image_size)
     image_size: int  # pixels, H
     fingerprint: str  # of weights, kinds of layer and preprocessing
+    dtype: torch.dtype = torch.float32  # of the products in frozen image blocks, and of what is kept of their values
     cache: object = None  # keeps frozen values, see `data/10_cache`; None keeps nothing
 
     @property
@@ -233,8 +232,7 @@ def freeze_clip(
 ) -> Clip:  # in eval mode, and no weight takes a gradient; ValueError where a tower cannot be opened
     "Freeze a CLIP model and open its towers."
     model = model.to(device).eval().requires_grad_(False)
-    size = model.visual.image_size
-    size = int(size[0] if isinstance(size, (tuple, list)) else size)
+    size = int(torch.as_tensor(model.visual.image_size).flatten()[0])
     notes = {**(getattr(model.visual, "preprocess_cfg", None) or {}), **(preprocess_cfg or {})}
     chosen = {key: notes[key] for key in ("mean", "std") if notes.get(key)}
     chosen |= {"size": size, "resize_mode": "squash", "interpolation": "bicubic"}
@@ -306,10 +304,6 @@ class Features:
 
 # %% ../../nbs/core/02_clip.ipynb #52dfb745
 @patch
-def frozen(self: Features, names, compute) -> torch.Tensor:  # (B, len(names), ...), see below
-    return _frozen(self, list(names), compute)
-
-@patch
 def levels(self: Features, blocks) -> torch.Tensor:  # L increasing block numbers or a preset's name -> (B, L, N, W)
     blocks = resolve_layers(blocks, self.clip.depth)
     return self.frozen([f"block{number}" for number in blocks], partial(_token_levels, self.clip, blocks=blocks))
@@ -332,20 +326,23 @@ def _token_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W). Fusion
     return torch.stack(levels, dim=1)
 
 # %% ../../nbs/core/02_clip.ipynb #8e423fdc
+@patch
 @torch.no_grad()
-def _frozen(features, names, compute, size=32):
-    clip, key = features.clip, getattr(features.images, "key", None)
-    if clip.cache is None or key is None: return torch.cat([compute(part.pixels()) for part in features.batches(size)])
-    kinds, keys = [f"{clip.fingerprint}-{name}" for name in names], [key(row) for row in features.rows]
+def frozen(self: Features, names, compute, size: int = 32) -> torch.Tensor:  # (B, len(names), ...)
+    clip, key = self.clip, getattr(self.images, "key", None)
+    made_of = lambda part: compute(part.pixels()).to(clip.dtype)
+    if clip.cache is None or key is None: return torch.cat([made_of(part) for part in self.batches(size)]).float()
+    kinds = [f"{clip.fingerprint}-{name}-{8 * clip.dtype.itemsize}bit" for name in names]
+    keys = [key(row) for row in self.rows]
     found = [clip.cache.read(kind, keys) for kind in kinds]  # for each name B tensors, or None in their place
     todo = [row for row, values in enumerate(zip(*found)) if any(value is None for value in values)]
     bar = dict(desc=f"{', '.join(names)} of {clip.name}", unit="batch", disable=len(todo) <= size)
     for rows in tqdm([todo[start:start + size] for start in range(0, len(todo), size)], **bar):
-        for kind, values, made in zip(kinds, found, compute(features[rows].pixels()).cpu().unbind(1)):
+        for kind, values, made in zip(kinds, found, made_of(self[rows]).cpu().unbind(1)):
             clip.cache.write(kind, [keys[row] for row in rows], made)
             for row, value in zip(rows, made): values[row] = value
     whole = torch.stack([value for values in zip(*found) for value in values])  # (B * len(names), ...)
-    return whole.unflatten(0, (-1, len(names))).to(clip.device)
+    return whole.unflatten(0, (-1, len(names))).to(clip.device, torch.float32)
 
 # %% ../../nbs/core/02_clip.ipynb #5b90f439
 def token_counts(clip: Clip, sentences) -> list:  # N numbers, a start and an end among each

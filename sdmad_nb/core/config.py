@@ -74,6 +74,7 @@ class Config(_MapChoices):
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
     medclip: str = ""  # folder of MedCLIP's weights, see `methods/06_medclip`; empty leaves out its row
     image_size: _SIZE = 0  # pixels; 0 = the backbone's own. The paper: 240
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of frozen image blocks, see `data/08_backbones`
     layers: Annotated[object, AfterValidator(_known_layers)] = "quarters"  # see `resolve_layers`. Section 4.1
     lam: _SHARE = 0.8  # Eq. (2): share of the frozen stream; 0.8 is MVFA's, the paper gives no number
     bottleneck: _SIZE = 0  # width between W1 and W2 of Eq. (1); 0 = 3/4 of the block's width (MVFA: 768 of 1024)
