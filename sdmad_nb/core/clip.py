@@ -281,7 +281,7 @@ class Features:
     def __init__(
         self,
         clip: Clip,
-        images,  # (B, 3, H, H) preprocessed; or a sequence of RGB pictures, with `key(i)` where they may be cached
+        images,  # (B, 3, H, H) preprocessed; or a sequence of RGB pictures, see above
         rows=None,  # which of them; all by default
     ):
         self.clip, self.images = clip, images
@@ -295,7 +295,8 @@ class Features:
 
     def pixels(self):  # (B, 3, H, H) normalised
         if torch.is_tensor(self.images): return self.images[self.rows].to(self.clip.device)
-        return torch.stack([self.clip.preprocess(self.images[row]) for row in self.rows]).to(self.clip.device)
+        prepare = getattr(self.images, "prepare", lambda rows, one: torch.stack([one(self.images[row]) for row in rows]))
+        return prepare(self.rows, self.clip.preprocess).to(self.clip.device, non_blocking=True)
 
     def raw_pixels(self):  # (B, 3, H, H) in [0, 1]
         norm = self.clip.preprocess.transforms[-1]
