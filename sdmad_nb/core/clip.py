@@ -295,7 +295,7 @@ class Features:
 
     def pixels(self):  # (B, 3, H, H) normalised
         if torch.is_tensor(self.images): return self.images[self.rows].to(self.clip.device)
-        prepare = getattr(self.images, "prepare", lambda rows, one: torch.stack([one(self.images[row]) for row in rows]))
+        prepare = getattr(self.images, "prepare", lambda rows, one: torch.stack([one(self.images[i]) for i in rows]))
         return prepare(self.rows, self.clip.preprocess).to(self.clip.device, non_blocking=True)
 
     def raw_pixels(self):  # (B, 3, H, H) in [0, 1]
