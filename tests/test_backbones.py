@@ -27,6 +27,7 @@ from sdmad_nb.core.detector import AdaptedDetector, Support, load, predict, save
 from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts, write_signs
 from sdmad_nb.data import backbones
 from sdmad_nb.data.backbones import _read_torchscript, load_clip, load_demo_clip, resize_input
+from sdmad_nb.data.cache import Cache
 from sdmad_nb.data.images import ImageFiles
 
 BIOMEDCLIP = "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -86,7 +87,7 @@ def check_caches(clip, files, features, first):
 def check_whole_method(loaded, layers, folder):  # the fitted detector
     "Fill the cache, take one training step, predict; check what each may and may not do."
     assert resolve_layers("quarters", loaded.depth) == layers
-    clip, files = replace(loaded, cache=folder / "cache"), write_images(folder)
+    clip, files = replace(loaded, cache=Cache(folder / "cache")), write_images(folder)
     features = Features(clip, ImageFiles(files))
     check_caches(clip, files, features, layers[0])
     fitted = AdaptedDetector.fit(Support(features, LABELS), clip, SIGNS, Config(epochs=1))

@@ -1,4 +1,5 @@
 "Every method keeps the one contract: fitted on a few shots, it predicts any image, and is kept in one small file."
+import copy
 import gc
 import weakref
 from dataclasses import fields
@@ -8,7 +9,9 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdmad_nb.core import scores
 from sdmad_nb.core.clip import Features, fingerprint, freeze_clip
 from sdmad_nb.core.config import Config
 from sdmad_nb.core.detector import Prediction, Support, predict, save
@@ -125,3 +128,40 @@ def test_a_method_keeps_the_contract(name, clip, tmp_path):
     check_needs(method, clip)
     assert fingerprint(clip.model, "") == before, "a weight of CLIP has changed"
     assert all(weight.grad is None and not weight.requires_grad for weight in clip.model.parameters())
+
+
+def pretend(value, memo):
+    "Copy a tensor as one of the same shape and type on a GPU that is not there."
+    if id(value) not in memo:
+        fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        memo[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if isinstance(value, torch.nn.Parameter) else fake
+    return memo[id(value)]
+
+
+def all_similarities(images, signs, category, keep=None):
+    "Stand in for the one function whose shapes depend on values, which fake tensors have not: all signs are kept."
+    return scores.cosine_similarity(images, signs) + (0 if keep is None else 0 * keep), category.long(), 3 + (keep is None)
+
+
+@pytest.mark.parametrize("name", find_methods())
+def test_a_prediction_stays_on_one_device(name, clip, monkeypatch):
+    "Fake tensors compute shapes, types and devices alone, as if on a GPU, and refuse to mix devices."
+    detector, method = fit(find_method(name), support_of(clip), clip), find_method(name)
+    monkeypatch.setattr(scores, "_sign_similarities", all_similarities)
+    for kind in (torch.Tensor, torch.nn.Parameter): monkeypatch.setattr(kind, "__deepcopy__", pretend)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: True)  # checks of values pass
+    with FakeTensorMode():
+        there = copy.deepcopy(detector)
+        assert there.clip.device.type == "cuda"
+        said = given(there.predict(Features(there.clip, torch.zeros(2, 3, SIDE, SIDE))))
+    assert set(said) == set(method.gives) and all(len(value) == 2 for value in said.values())
+    assert {value.device.type for value in said.values()} == {"cpu"}, "a prediction comes back from the GPU"
+
+
+def test_a_tensor_that_was_left_behind_is_noticed(clip, monkeypatch):
+    detector = fit(find_method("sd-mad"), support_of(clip), clip)
+    for kind in (torch.Tensor, torch.nn.Parameter): monkeypatch.setattr(kind, "__deepcopy__", pretend)
+    with FakeTensorMode():
+        there = copy.deepcopy(detector)
+        there.adapters.image[1].down.weight = torch.nn.Parameter(torch.empty_like(there.adapters.image[1].down.weight, device="cpu"))
+        with pytest.raises(RuntimeError, match="device"): there.predict(Features(there.clip, torch.zeros(2, 3, SIDE, SIDE)))

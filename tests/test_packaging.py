@@ -10,9 +10,11 @@ from email import message_from_string
 
 import pytest
 from conftest import ROOT, run
-from test_project import SETTINGS
+from test_project import SETTINGS, tracked
 
-SOURCES = ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+SOURCES = ["settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff",
+           "Makefile", "data_links.md", "constraints.txt"]
+FOLDERS = ["sdmad_nb", "nbs", "tests", "docs"]
 EXTRAS = {name.removesuffix("_requirements"): SETTINGS[name].split() for name in SETTINGS if name.endswith("_requirements")}
 
 
@@ -21,7 +23,8 @@ def released(tmp_path_factory):
     "Build the sdist from a copy of the sources, and the wheel from the sdist; return both files."
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES: shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "sdmad_nb", source / "sdmad_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in FOLDERS: shutil.copytree(ROOT / name, source / name, ignore=ignored)
     done = run(sys.executable, "-m", "build", "--no-isolation", cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     [sdist], [wheel] = ((source / "dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
@@ -84,11 +87,22 @@ def test_dev_brings_all_that_the_tests_need():
     assert not any(missing.values()), f"add to dev_requirements in settings.ini: {missing}"
 
 
-def test_sdist_has_what_setup_reads(released):
+def test_sdist_has_what_is_committed(released):
+    "Sources, notebooks, tests and what they read; files for git and for CI aside."
     with tarfile.open(released[0]) as archive: names = {name.partition("/")[2] for name in archive.getnames()}
-    assert set(SOURCES) <= names
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "sdmad_nb").rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts} <= names
+    assert set(SOURCES) <= names and "tests/test_house.py" in names
+    committed = {path.relative_to(ROOT).as_posix() for path in tracked()}
+    assert {name for name in committed if name[0] != "."} <= names
+
+
+def test_constraints_are_within_the_bounds():
+    "What has been tested is what is allowed, and each requirement was tested."
+    from packaging.requirements import Requirement
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if line[0] != "#")
+    wanted = [Requirement(word) for word in SETTINGS["requirements"].split()]
+    assert {one.name for one in wanted} == set(tested)
+    assert [one.name for one in wanted if tested[one.name] not in one.specifier] == []
 
 
 def test_wheel_has_every_module_and_asset(installed_wheel):

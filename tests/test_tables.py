@@ -13,13 +13,19 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import BIN, REAL, ROOT, run
+from safetensors.torch import load_file
 
 from sdmad_nb.core.config import Config
+from sdmad_nb.core.detector import predict, save
+from sdmad_nb.data.cache import Cache
 from sdmad_nb.data.splits import draw_split
+from sdmad_nb.data.support import read_features, read_support
 from sdmad_nb.lab.benchmark import each_patient, open_benchmark, run_all
 from sdmad_nb.lab.experiment import long_table, open_experiment, printed_table
 from sdmad_nb.lab.tables import FINDING_METRICS, metric_table
+from sdmad_nb.methods.registry import find_method, load_detector
 
 COMMAND = "run_table2.ipynb"
 
@@ -152,6 +158,27 @@ def test_without_a_cache_the_numbers_are_the_same(tmp_path):
                    for cache in (True, False))
     assert kept["config"] == fresh["config"] and kept["split"] == fresh["split"]
     np.testing.assert_allclose(kept["outputs"]["scores"], fresh["outputs"]["scores"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "sd-mad"])
+def test_half_precision_agrees(name, tmp_path):
+    "Scores within 0.01 and at most one decision in 200 another, wherever the detector was fitted; kept values change nothing."
+    one = open_benchmark(Config(epochs=5), small=True, cache=False)
+    assert one.config.precision == "fp32", "the packaged backbones stay in single precision unless asked"
+    half, method = replace(one.clip, dtype=torch.bfloat16, cache=Cache(tmp_path)), find_method(name)
+    config, rows = method.configure(one.config), range(len(one.dataset))
+    whole = method.fit(read_support(one.dataset, range(6), one.clip), one.clip, one.signs, config)
+    loaded = load_detector(save(whole, tmp_path / "model.safetensors"), half)
+    fitted = method.fit(read_support(one.dataset, range(6), half), half, one.signs, config)
+    expected = predict(whole, read_features(one.dataset, rows, one.clip))
+    for detector in (loaded, fitted):
+        said, again = (predict(detector, read_features(one.dataset, rows, half)) for _ in range(2))
+        torch.testing.assert_close(again.scores, said.scores, rtol=0, atol=0)
+        torch.testing.assert_close(said.scores, expected.scores, rtol=0, atol=0.01)
+        assert not torch.equal(said.scores, expected.scores) and said.scores.dtype == torch.float32
+        assert (said.labels != expected.labels).float().mean() <= 0.005
+    kept = {str(load_file(file)["value"].dtype) for file in tmp_path.rglob("*block*/*.safetensors")}
+    assert kept == {"torch.bfloat16"} and all(value.dtype == torch.float32 for value in fitted.parameters())
 
 
 def test_data_without_masks_is_refused_or_measured_by_images_alone(plain, tmp_path):

@@ -7,7 +7,6 @@ __all__ = ['left_out_margins', 'Calibration', 'calibrate', 'reliability', 'expec
 
 # %% ../../nbs/app/00_calibration.ipynb #6a2bb12b
 from dataclasses import dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -19,6 +18,7 @@ from ..core.clip import Features
 from ..core.config import Config, numpy_generator
 from ..core.detector import Support
 from ..core.signs import SignSet
+from ..data.cache import Cache
 from ..methods.registry import Method
 
 # %% ../../nbs/app/00_calibration.ipynb #b851e3c0
@@ -35,7 +35,7 @@ def left_out_margins(
     others = [np.setdiff1d(np.arange(count), rows) for rows in parts]
     _check(method, support, others)
     with TemporaryDirectory() as folder:  # what is frozen is computed once for all fits
-        clip = replace(support.features.clip, cache=Path(folder))
+        clip = replace(support.features.clip, cache=Cache(folder))
         support = replace(support, features=Features(clip, support.features.images, support.features.rows))
         for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False):
             detector = method.fit(support[rest], clip, signs, config)

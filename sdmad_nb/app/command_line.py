@@ -96,11 +96,13 @@ def _fit(
     lam: Annotated[float, Option(metavar="SHARE", help="how much of CLIP's own features the adapters keep, from 0 to 1 "
                                                        "[default: 0.8]")] = None,
     device: _Device = "auto",
+    precision: Annotated[str, Option(metavar="NAME", help="of the backbone: fp32, bf16, or auto, the faster")] = "auto",
 ):
     "Fit a model on a data-set folder and write it to a file."
     if not Path(output).resolve().parent.is_dir():
         raise OSError(f"output {output}: its folder does not exist, make it first")
-    choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, epochs=epochs, lam=lam)
+    choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
+    choices |= dict(epochs=epochs, lam=lam)
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD, Config
         config = Config(**{name: value for name, value in choices.items() if value is not None})

@@ -32,7 +32,7 @@ from ..core.config import Config, resolve_device
 from ..core.detector import Detector, SignDetector, predict, read_header, save
 from ..core.scores import sign_margins
 from ..core.signs import restrict
-from ..data.backbones import check_clip, load_clip
+from ..data.backbones import check_clip, load_clip, resolve_precision
 from ..data.folder import read_dataset
 from ..data.images import DataError, ImageReader, Pixels
 from ..data.open_data import open_data
@@ -86,10 +86,11 @@ def fit(
     "Learn the findings of a data set."
     chosen, where = _choose(method, sensitivity), resolve_device(device)
     config = replace(config or Config(), seed=seed, **({} if shots is None else {"shots": shots}))
+    config = replace(config, precision=resolve_precision(config.precision, where, config.backbone))
     check_clip(config.backbone, config.pretrained, config.image_size)
     dataset, sign_set = open_data(str(data), 5, signs)
     rows, sign_set = _learned_rows(dataset, config, shots is None), restrict(sign_set, dataset.categories)
-    clip = load_clip(config.backbone, config.pretrained, config.image_size, where)
+    clip = load_clip(config.backbone, config.pretrained, config.image_size, where, config.precision)
     support, calibration = read_support(dataset, rows, clip), None
     if sensitivity:
         margins = left_out_margins(chosen, support, sign_set, config)
@@ -340,7 +341,8 @@ def load(
         calibration = kept and Calibration(**kept)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): fit it again") from error
-    clip = load_clip(config.backbone, pretrained or config.pretrained, config.image_size, resolve_device(device))
+    pretrained, where = pretrained or config.pretrained, resolve_device(device)
+    clip = load_clip(config.backbone, pretrained, config.image_size, where, config.precision)
     return cls(load_detector(path, clip), origin, calibration)
 
 def _check_backbone(path, kept, named):  # of the file, of the caller -> ValueError

@@ -10,19 +10,16 @@ __all__ = ['run_blocks', 'image_features', 'PromptBank', 'text_features', 'Clip'
 import hashlib
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
-from .config import resolve_layers, write_atomically
+from .config import resolve_layers
 from .signs import SignSet, normal_prompts, sign_prompts
 
 # %% ../../nbs/core/02_clip.ipynb #6b4cb361
@@ -35,7 +32,8 @@ def run_blocks(
 ) -> torch.Tensor:  # (B, N, W) after block `stop` and its adapter
     "Run a range of image blocks with their adapters. Eq. (2)"
     for number in range(start + 1, stop + 1):
-        tokens = clip.image.blocks[number - 1](tokens)
+        with torch.autocast(tokens.device.type, clip.dtype, enabled=clip.dtype != torch.float32):
+            tokens = clip.image.blocks[number - 1](tokens)
         if adapters and number in adapters: tokens = adapters[number](tokens)
     return tokens
 
@@ -105,7 +103,8 @@ class _TimmImageTower(_ImageTower):
 
     def stem(self, images):
         trunk = self.visual.trunk
-        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+        tokens = trunk._pos_embed(trunk.patch_embed(images))  # an EVA trunk gives its rotary positions, too
+        return trunk.norm_pre(tokens[0] if self.rotary else tokens)
 
     def head(self, tokens):
         trunk = self.visual.trunk
@@ -127,10 +126,6 @@ class _EvaImageTower(_TimmImageTower):
             rope = trunk._pos_embed(trunk.patch_embed(blank))[1]
         each = rope if getattr(trunk, "rope_mixed", False) and rope is not None else [rope] * len(trunk.blocks)
         self.blocks = [partial(block, rope=one) for block, one in zip(trunk.blocks, each)]
-
-    def stem(self, images):
-        trunk = self.visual.trunk
-        return trunk.norm_pre(trunk._pos_embed(trunk.patch_embed(images))[0])
 
 # %% ../../nbs/core/02_clip.ipynb #9e731ae0
 class _TextTower:
@@ -199,7 +194,8 @@ class Clip:
     preprocess: object  # PIL image -> (3, image_size, image_size)
     image_size: int  # pixels, H
     fingerprint: str  # of weights, kinds of layer and preprocessing
-    cache: Path = None  # folder for frozen values; None keeps nothing
+    dtype: torch.dtype = torch.float32  # of the products in frozen image blocks, and of what is kept of their values
+    cache: object = None  # keeps frozen values, see `data/10_cache`; None keeps nothing
 
     @property
     def depth(self) -> int: return len(self.image.blocks)  # L
@@ -233,18 +229,16 @@ def freeze_clip(
     tokenizer,
     preprocess_cfg: dict = None,  # mean and std; open_clip's note on the model by default
     device="cpu",
-    cache=None,  # folder for frozen values
 ) -> Clip:  # in eval mode, and no weight takes a gradient; ValueError where a tower cannot be opened
     "Freeze a CLIP model and open its towers."
     model = model.to(device).eval().requires_grad_(False)
-    size = model.visual.image_size
-    size = int(size[0] if isinstance(size, (tuple, list)) else size)
+    size = int(torch.as_tensor(model.visual.image_size).flatten()[0])
     notes = {**(getattr(model.visual, "preprocess_cfg", None) or {}), **(preprocess_cfg or {})}
     chosen = {key: notes[key] for key in ("mean", "std") if notes.get(key)}
     chosen |= {"size": size, "resize_mode": "squash", "interpolation": "bicubic"}
     preprocess = image_transform_v2(PreprocessCfg(**chosen), is_train=False)
     towers, mark = (_open_image(model), _open_text(model)), fingerprint(model, str(sorted(chosen.items())))
-    return Clip(name, model, *towers, tokenizer, preprocess, size, mark, cache and Path(cache))
+    return Clip(name, model, *towers, tokenizer, preprocess, size, mark)
 
 # %% ../../nbs/core/02_clip.ipynb #4484406e
 def patches_of(
@@ -287,7 +281,7 @@ class Features:
     def __init__(
         self,
         clip: Clip,
-        images,  # (B, 3, H, H) preprocessed; or a sequence of RGB pictures, with `key(i)` where they may be cached
+        images,  # (B, 3, H, H) preprocessed; or a sequence of RGB pictures, see above
         rows=None,  # which of them; all by default
     ):
         self.clip, self.images = clip, images
@@ -301,7 +295,8 @@ class Features:
 
     def pixels(self):  # (B, 3, H, H) normalised
         if torch.is_tensor(self.images): return self.images[self.rows].to(self.clip.device)
-        return torch.stack([self.clip.preprocess(self.images[row]) for row in self.rows]).to(self.clip.device)
+        prepare = getattr(self.images, "prepare", lambda rows, one: torch.stack([one(self.images[i]) for i in rows]))
+        return prepare(self.rows, self.clip.preprocess).to(self.clip.device, non_blocking=True)
 
     def raw_pixels(self):  # (B, 3, H, H) in [0, 1]
         norm = self.clip.preprocess.transforms[-1]
@@ -309,10 +304,6 @@ class Features:
         return (self.pixels() * std + mean).clamp(0, 1)
 
 # %% ../../nbs/core/02_clip.ipynb #52dfb745
-@patch
-def frozen(self: Features, names, compute) -> torch.Tensor:  # (B, len(names), ...), see below
-    return _frozen(self, list(names), compute)
-
 @patch
 def levels(self: Features, blocks) -> torch.Tensor:  # L increasing block numbers or a preset's name -> (B, L, N, W)
     blocks = resolve_layers(blocks, self.clip.depth)
@@ -336,30 +327,23 @@ def _token_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W). Fusion
     return torch.stack(levels, dim=1)
 
 # %% ../../nbs/core/02_clip.ipynb #8e423fdc
-def _read_value(file):  # -> tensor, or None where there is no sound file
-    if not file.is_file(): return None
-    try: return load_file(file)["value"]
-    except (SafetensorError, KeyError): print(f"cache file {file.name} is damaged: computing it again")
-
-def _files(features, names):  # -> B lists of a file for each name, or None where nothing can be kept
-    clip, key = features.clip, getattr(features.images, "key", None)
-    if clip.cache is None or key is None: return None
-    folders = [Path(clip.cache) / f"{clip.fingerprint}-{name}" for name in names]
-    return [[folder / f"{key(row)}.safetensors" for folder in folders] for row in features.rows]
-
+@patch
 @torch.no_grad()
-def _frozen(features, names, compute, size=32):
-    files = _files(features, names)
-    if files is None: return torch.cat([compute(part.pixels()) for part in features.batches(size)])
-    values = [[_read_value(file) for file in row] for row in files]
-    todo = [row for row, found in enumerate(values) if any(value is None for value in found)]
-    bar = dict(desc=f"{', '.join(names)} of {features.clip.name}", unit="batch", disable=len(todo) <= size)
+def frozen(self: Features, names, compute, size: int = 32) -> torch.Tensor:  # (B, len(names), ...)
+    clip, key = self.clip, getattr(self.images, "key", None)
+    made_of = lambda part: compute(part.pixels()).to(clip.dtype)
+    if clip.cache is None or key is None: return torch.cat([made_of(part) for part in self.batches(size)]).float()
+    kinds = [f"{clip.fingerprint}-{name}-{8 * clip.dtype.itemsize}bit" for name in names]
+    keys = [key(row) for row in self.rows]
+    found = [clip.cache.read(kind, keys) for kind in kinds]  # for each name B tensors, or None in their place
+    todo = [row for row, values in enumerate(zip(*found)) if any(value is None for value in values)]
+    bar = dict(desc=f"{', '.join(names)} of {clip.name}", unit="batch", disable=len(todo) <= size)
     for rows in tqdm([todo[start:start + size] for start in range(0, len(todo), size)], **bar):
-        for row, found in zip(rows, compute(features[rows].pixels()).cpu()):
-            for file, value in zip(files[row], found):
-                write_atomically(file, lambda path: save_file({"value": value.contiguous()}, path))
-            values[row] = list(found)
-    return torch.stack([torch.stack(row) for row in values]).to(features.clip.device)
+        for kind, values, made in zip(kinds, found, made_of(self[rows]).cpu().unbind(1)):
+            clip.cache.write(kind, [keys[row] for row in rows], made)
+            for row, value in zip(rows, made): values[row] = value
+    whole = torch.stack([value for values in zip(*found) for value in values])  # (B * len(names), ...)
+    return whole.unflatten(0, (-1, len(names))).to(clip.device, torch.float32)
 
 # %% ../../nbs/core/02_clip.ipynb #5b90f439
 def token_counts(clip: Clip, sentences) -> list:  # N numbers, a start and an end among each
@@ -395,11 +379,10 @@ def encode_prompts(
     groups = [*sign_prompts(signs), normal_prompts(signs)]
     sentences = [sentence for group in groups for sentence in group]
     check_length(clip, sentences)
-    name = hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:32]
-    file = clip.cache and Path(clip.cache) / f"{clip.fingerprint}-text" / f"{name}.safetensors"
-    last = file and _read_value(file)
+    kind, name = f"{clip.fingerprint}-text", hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:32]
+    last = None if clip.cache is None else clip.cache.read(kind, [name])[0]
     if last is None:
         last = _encode_sentences(clip, sentences)
-        if file: write_atomically(file, lambda path: save_file({"value": last.cpu().contiguous()}, path))
+        if clip.cache is not None: clip.cache.write(kind, [name], last[None].cpu())
     group = torch.cat([torch.full((len(texts),), index) for index, texts in enumerate(groups)])
     return PromptBank(*(part.to(clip.device) for part in (last, group, signs.category)))

@@ -7,11 +7,15 @@ __all__ = ['LAYER_PRESETS', 'PATHS', 'Config', 'config_to_dict', 'resolve_layers
            'resolve_device', 'project_root', 'cache_folder', 'write_atomically']
 
 # %% ../../nbs/core/00_config.ipynb #7b4033b5
+import errno
 import hashlib
 import os
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,6 +74,7 @@ class Config(_MapChoices):
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
     medclip: str = ""  # folder of MedCLIP's weights, see `methods/06_medclip`; empty leaves out its row
     image_size: _SIZE = 0  # pixels; 0 = the backbone's own. The paper: 240
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of frozen image blocks, see `data/08_backbones`
     layers: Annotated[object, AfterValidator(_known_layers)] = "quarters"  # see `resolve_layers`. Section 4.1
     lam: _SHARE = 0.8  # Eq. (2): share of the frozen stream; 0.8 is MVFA's, the paper gives no number
     bottleneck: _SIZE = 0  # width between W1 and W2 of Eq. (1); 0 = 3/4 of the block's width (MVFA: 768 of 1024)
@@ -158,24 +163,34 @@ def write_atomically(
     writer,  # called with a temporary path in the same folder, writes the content there
 ) -> Path:  # PermissionError, with the remedy, where it cannot be written
     "Write a file whole or not at all."
-    path, target, name = Path(path), Path(os.path.realpath(path)), None
+    path, target, name = Path(path), Path(os.path.realpath(path)), ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try: mode = target.stat().st_mode
         except FileNotFoundError: mode = stat.S_IFREG
         if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
         suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
-        if stat.S_ISREG(mode): handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
+        if stat.S_ISREG(mode):  # and neither a device nor a pipe
+            _remove_old(target.parent)
+            handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
+            os.close(handle)
     except OSError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}): "
                               "choose another name or folder, or change its rights") from error
-    if name is None:  # a device or a pipe
-        writer(target)
-        return path
-    os.close(handle)
     try:
-        writer(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally: Path(name).unlink(missing_ok=True)
+        writer(Path(name or target))
+        if name: os.chmod(name, 0o644)
+        if name: os.replace(name, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(f"cannot write {path} ({error.strerror}): free some space there, or choose another folder, and "
+                      "run again, which goes on from what is finished") from error
+    finally:
+        if name: Path(name).unlink(missing_ok=True)
     return path
+
+@cache  # once in each process
+def _remove_old(folder):  # what processes that were killed have left
+    for file in folder.glob(".tmp-*"):
+        with suppress(OSError):  # another process may be faster
+            if time.time() - file.stat().st_mtime > 24 * 3600: file.unlink()

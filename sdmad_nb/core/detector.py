@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open, save as to_bytes
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -293,7 +293,7 @@ def save(
     state = {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
     _check_finite(state, f"fit again, with a learning_rate below {detector.config.learning_rate:g}")
     said = {"sdmad": text, "sha256": _digest(text, state)}
-    return write_atomically(path, lambda file: save_file(state, file, said))
+    return write_atomically(path, lambda file: file.write_bytes(to_bytes(state, said)))
 
 # %% ../../nbs/core/07_detector.ipynb #ea91216d
 def _read(path):  # -> header, tensors by name; FileNotFoundError; ValueError

@@ -8,6 +8,7 @@ __all__ = ['Benchmark', 'open_benchmark', 'each_patient', 'check_seeds', 'check_
 # %% ../../nbs/lab/06_benchmark.ipynb #9883baf3
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from ..core.clip import Clip
 from ..core.config import Config, cache_folder, config_to_dict, resolve_device, resolve_layers
 from ..core.detector import predict
 from ..core.signs import SignSet, restrict
-from ..data.backbones import check_clip, load_clip
+from ..data.backbones import check_clip, load_clip, resolve_precision
+from ..data.cache import Cache
 from ..data.folder import DataError, DataSet, dataset_fingerprint
 from ..data.open_data import open_data
 from ..data.splits import Split, draw_split, hold_out, indices, read_split, write_split
@@ -58,6 +60,7 @@ def open_benchmark(
 ) -> Benchmark:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything and load what all methods share."
     where = resolve_device(device)
+    config = replace(config, precision=resolve_precision(config.precision, where, config.backbone))
     check_clip(config.backbone, config.pretrained, config.image_size)
     dataset, sign_set = open_data(data, slice, signs, small, draw)
     if not findings: dataset, sign_set = join_findings(dataset, restrict(sign_set, dataset.categories))
@@ -67,8 +70,8 @@ def open_benchmark(
     own = read_split(split, dataset) if split else None
     if own: config = replace(config, shots=own.shots or config.shots, split_level=own.level)
     else: _draw(dataset, config)  # are there enough images?
-    folder = cache_folder("frozen") if cache else None
-    clip = load_clip(config.backbone, config.pretrained, config.image_size, where, folder)
+    clip = load_clip(config.backbone, config.pretrained, config.image_size, where, config.precision)
+    if cache: clip = replace(clip, cache=Cache(cache_folder("frozen")))
     resolve_layers(config.layers, clip.depth)
     return Benchmark(dataset, restrict(sign_set, dataset.categories), clip, config, own, data == "demo")
 
@@ -101,9 +104,9 @@ def check_cache(
     "Report how much the frozen tokens of a data set take, and refuse more than a limit."
     clip, count = benchmark.clip, len(benchmark.dataset)
     if clip.cache is None: return
-    rows, columns = clip.grid
-    size = 4e-9 * count * len(resolve_layers(layers, clip.depth)) * (1 + rows * columns) * clip.image.width
-    print(f"frozen tokens of {count} images: at most {size:.2f} GB in {clip.cache.name}/")
+    tokens = len(resolve_layers(layers, clip.depth)) * (1 + math.prod(clip.grid))  # of one image
+    size = 1e-9 * count * tokens * clip.image.width * clip.dtype.itemsize
+    print(f"frozen tokens of {count} images: at most {size:.2f} GB in {clip.cache.root.name}/")
     if limit_gb and size > limit_gb:
         raise ValueError(f"the frozen tokens of {count} images would take {size:.2f} GB, more than the limit of "
                          f"{limit_gb} GB: raise cache_limit_gb, or set cache to False to compute them when needed")
@@ -136,7 +139,7 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
                 "masks": benchmark.masks, "draws": benchmark.draws,
                 "drawn": _digest([split.train, split.test]), "code": code}
     told = ["config", "labels", "masks", "draws", *["drawn"] * bool(benchmark.split)]
-    variant = _digest([identity[name] for name in told])[:6]
+    variant = _digest([identity[name] for name in told])
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d

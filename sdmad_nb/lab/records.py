@@ -9,7 +9,6 @@ __all__ = ['run_once', 'results_folder', 'record_path', 'code_fingerprint']
 import ast
 import hashlib
 import json
-import platform
 import re
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import sdmad_nb
 from ..core.config import project_root, write_atomically
 
 try: import resource
@@ -35,26 +33,30 @@ def run_once(
     holds=lambda record: True,  # whether a record of this identity has all that is wanted
 ) -> dict:  # the record; ValueError where `identity` and the result use the same name
     "Read the record of a run, or make the run and its record."
+    identity = {**identity, "versions": _versions()}
     record = _read_record(path, identity)
     if record is not None and holds(record): return record
     started, result = time.perf_counter(), compute()
-    run = {"versions": _versions(), "seconds": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
-    taken = sorted(set(identity) & {*result, *run, "identity"})
-    if taken or "metrics" not in result:
+    run = {"seconds": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
+    taken = sorted(set(identity) & {*result, *run, "identity", "sha256"})
+    if taken or not result.get("metrics"):
         raise ValueError(f"a run's result needs 'metrics' and may not repeat {taken or 'an entry'} of the identity")
     whole = _plain({"identity": sorted(identity), **identity, **result, **run})
+    whole["sha256"] = _checksum(whole)
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
     return _read_record(path, identity)
 
 # %% ../../nbs/lab/05_records.ipynb #7f48806d
+def _checksum(record): return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
 def _read_record(path, identity):  # -> None where there is none for this identity, and a printed line says why
     path = Path(path)
     if not path.exists(): return None
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: return print(f"recomputing: {path} is damaged ({error})")
-    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
-        return print(f"recomputing: {path} is not a record")
+    if not isinstance(record, dict) or record.pop("sha256", None) != _checksum(record):
+        return print(f"recomputing: {path} was changed after it was written, or is no record of this version")
     stored, wanted = ({".".join(name): value for name, value in flat(entries)} for entries in (
         {key: record.get(key) for key in record.get("identity") or ()}, _plain(identity)))
     other = [name for name in sorted({*stored, *wanted}) if repr(stored.get(name)) != repr(wanted.get(name))]
@@ -85,8 +87,7 @@ def _numbers(value):  # the way back
 
 # %% ../../nbs/lab/05_records.ipynb #044e17c9
 def _versions():  # names to version texts
-    return {"sdmad_nb": sdmad_nb.__version__, "torch": str(torch.__version__), "open_clip": version("open_clip_torch"),
-            "numpy": np.__version__, "python": platform.python_version()}
+    return {"torch": str(torch.__version__), "open_clip": version("open_clip_torch"), "numpy": np.__version__}
 
 def _peak_memory_mb():  # MiB; NaN where the system does not tell
     if resource is None: return float("nan")
@@ -116,8 +117,9 @@ def record_path(
     variant: str = "",  # what else distinguishes the run
 ) -> Path:
     "Name the file of one run."
-    parts = [dataset, method, f"k{shots}", f"s{seed}", variant]
-    return Path(folder) / ("-".join(re.sub(r"[^\w.+]+", "_", part).strip("_") for part in parts if part) + ".json")
+    dataset_word, method_word = (re.sub(r"[^\w.+]+", "_", name).strip("_")[:80] for name in (dataset, method))
+    digits = hashlib.sha256(json.dumps([dataset, method, variant]).encode()).hexdigest()[:6]
+    return Path(folder) / f"{dataset_word}-{method_word}-k{shots}-s{seed}-{digits}.json"
 
 # %% ../../nbs/lab/05_records.ipynb #a62a61a4
 def _syntax(module):  # name -> syntax tree without docstrings, names of the modules of this package that it imports

@@ -126,7 +126,7 @@ class MedClipDetector(SignDetector):
         return self
 
     def encode_images(self, features):  # -> (B, 512)
-        own = replace(self.clip, preprocess=_prepare, fingerprint=self.medclip.fingerprint)
+        own = replace(self.clip, preprocess=_prepare, fingerprint=self.medclip.fingerprint, dtype=torch.float32)
         images, rows = features.images, features.rows
         if torch.is_tensor(images):
             images, rows = [to_pil_image(one) for one in (255 * features.raw_pixels()).round().byte().cpu()], None
