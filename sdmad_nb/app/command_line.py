@@ -53,7 +53,8 @@ def shell(
 _Model = Annotated[str, Argument(metavar="MODEL", help="file that sdmad fit has written")]
 _Output = Annotated[str, Option("--output", "-o", metavar="FILE", help="table as CSV; printed where it is left out")]
 _Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold that fit --sensitivity has set")]
-_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder")]
+_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder: "
+                                                 "where it lies now")]
 _Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, where their file has moved since the fit")]
 _Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
 _Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "

@@ -19,7 +19,6 @@ from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
 from .config import resolve_layers, write_atomically
@@ -310,10 +309,6 @@ class Features:
 
 # %% ../../nbs/core/02_clip.ipynb #52dfb745
 @patch
-def frozen(self: Features, names, compute) -> torch.Tensor:  # (B, len(names), ...), see below
-    return _frozen(self, list(names), compute)
-
-@patch
 def levels(self: Features, blocks) -> torch.Tensor:  # L increasing block numbers or a preset's name -> (B, L, N, W)
     blocks = resolve_layers(blocks, self.clip.depth)
     return self.frozen([f"block{number}" for number in blocks], partial(_token_levels, self.clip, blocks=blocks))
@@ -347,19 +342,20 @@ def _files(features, names):  # -> B lists of a file for each name, or None wher
     folders = [Path(clip.cache) / f"{clip.fingerprint}-{name}" for name in names]
     return [[folder / f"{key(row)}.safetensors" for folder in folders] for row in features.rows]
 
+@patch
 @torch.no_grad()
-def _frozen(features, names, compute, size=32):
-    files = _files(features, names)
-    if files is None: return torch.cat([compute(part.pixels()) for part in features.batches(size)])
+def frozen(self: Features, names, compute, size=32) -> torch.Tensor:  # (B, len(names), ...)
+    files = _files(self, names)
+    if files is None: return torch.cat([compute(part.pixels()) for part in self.batches(size)])
     values = [[_read_value(file) for file in row] for row in files]
     todo = [row for row, found in enumerate(values) if any(value is None for value in found)]
-    bar = dict(desc=f"{', '.join(names)} of {features.clip.name}", unit="batch", disable=len(todo) <= size)
+    bar = dict(desc=f"{', '.join(names)} of {self.clip.name}", unit="batch", disable=len(todo) <= size)
     for rows in tqdm([todo[start:start + size] for start in range(0, len(todo), size)], **bar):
-        for row, found in zip(rows, compute(features[rows].pixels()).cpu()):
+        for row, found in zip(rows, compute(self[rows].pixels()).cpu()):
             for file, value in zip(files[row], found):
                 write_atomically(file, lambda path: save_file({"value": value.contiguous()}, path))
             values[row] = list(found)
-    return torch.stack([torch.stack(row) for row in values]).to(features.clip.device)
+    return torch.stack([torch.stack(row) for row in values]).to(self.clip.device)
 
 # %% ../../nbs/core/02_clip.ipynb #5b90f439
 def token_counts(clip: Clip, sentences) -> list:  # N numbers, a start and an end among each
