@@ -166,13 +166,13 @@ def stream(
     calibrated: bool = False,  # decide by the threshold instead of the method's own rule
     skipped: list = None,  # takes the sentences about bad images; None lets the first one stop everything
     left_out: list = None,  # takes the names of what there is nothing to predict on
-):  # yields a table for each batch; DataError
+):  # yields a table for each batch; DataError for a bad image, or where none is left
     "Predict batch by batch."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     clip, calibration = self.detector.clip, _decides(self, calibrated)
     (shown, rest), left_out = list_images(images, self.reader, skipped), [] if left_out is None else left_out
     left_out += [f"{name} is no image" for name in rest]
-    many, series, starts = (any(one.count > 1 for one in shown), any(one.series for one in shown),
+    done, many, series, starts = (0, any(one.count > 1 for one in shown), any(one.series for one in shown),
                             range(0, len(shown), batch_size))
     for start in tqdm(starts, desc="predict", unit="batch", disable=len(shown) <= batch_size):
         batch = [(one, picture) for one in shown[start:start + batch_size]
@@ -181,8 +181,10 @@ def stream(
         names = {"image": [one.name for one, _ in batch]}
         if many: names["slice"] = [one.number for one, _ in batch]
         if series: names["series"] = [one.series for one, _ in batch]
-        pixels = torch.stack([clip.preprocess(picture) for _, picture in batch])
+        pixels, done = torch.stack([clip.preprocess(picture) for _, picture in batch]), done + len(batch)
         yield _rows(self.detector, names, Features(clip, pixels), calibration)
+    reasons = [*(skipped or ()), *left_out]
+    if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
 # %% ../../nbs/app/01_sdmad.ipynb #850c3de8
 def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None where it is left out; DataError
@@ -203,11 +205,7 @@ def predict(
 ) -> pd.DataFrame:  # a row for each image; DataError for a bad image, or where none is left
     "Predict all images in one table."
     skipped, left_out = [] if skip_bad else None, []
-    tables = list(self.stream(images, batch_size, calibrated, skipped, left_out))
-    if not tables:
-        reasons = [*(skipped or ()), *left_out]
-        raise DataError("there is no image to predict" + (f": {reasons[0]}" if reasons else ""))
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat(list(self.stream(images, batch_size, calibrated, skipped, left_out)), ignore_index=True)
     table.attrs |= {"skipped": skipped or [], "left_out": left_out}
     return table
 
