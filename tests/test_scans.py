@@ -199,3 +199,15 @@ def test_a_name_that_a_spreadsheet_would_run_is_harmless_in_the_table(fitted, tm
     for name in ("=1+1.png", "+a.png", "@b.png", "plain.png"): shutil.copy(dataset.path(0), tmp_path / name)
     table = pd.read_csv(io.StringIO(sdmad("predict", model, tmp_path).stdout))
     assert sorted(table.image) == ["'+a.png", "'=1+1.png", "'@b.png", "plain.png"] and table.abnormal.dtype == float
+
+
+def test_where_nothing_can_be_written_or_predicted_no_work_starts(fitted, tmp_path):
+    dataset, model = fitted
+    for words in (["fit", "nowhere", "-o", tmp_path], ["predict", "nowhere", "x.png", "-o", tmp_path],
+                  ["predict", "nowhere", "x.png", "--heatmaps", model], ["evaluate", "nowhere", "demo", "-o", tmp_path]):
+        done = sdmad(*words)
+        assert done.returncode == 1 and "folder: choose another name" in done.stderr, done.stderr
+    nibabel.save(nibabel.Nifti1Image(np.zeros((20, 20, 4), np.float32), np.eye(4)), tmp_path / "empty.nii")
+    done = sdmad("predict", model, tmp_path / "empty.nii", "-o", tmp_path / "out.csv")
+    assert done.returncode == 1 and "there is no image to predict: slice 0 of" in done.stderr, done.stderr
+    assert not (tmp_path / "out.csv").exists()

@@ -6,10 +6,12 @@
 __all__ = ['left_out_margins', 'Calibration', 'calibrate', 'reliability', 'expected_calibration_error']
 
 # %% ../../nbs/app/00_calibration.ipynb #6a2bb12b
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from pydantic import ConfigDict, FiniteFloat
+from pydantic.dataclasses import dataclass
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
@@ -70,13 +72,13 @@ def _platt(margins, labels, prevalence=None):  # (N, C) twice, share or None -> 
     return float(model.coef_[0, 0] / spread), float(model.intercept_[0] + shift)
 
 # %% ../../nbs/app/00_calibration.ipynb #c67a343f
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Calibration:
     "Hold what left-out shots say about margins."
-    sensitivity: float  # that was asked for
-    threshold: float  # yes where a margin is at least this
-    slope: float  # of the probability
-    intercept: float
+    sensitivity: FiniteFloat  # that was asked for
+    threshold: FiniteFloat  # yes where a margin is at least this
+    slope: FiniteFloat  # of the probability
+    intercept: FiniteFloat
     positives: int  # left-out answers that the threshold rests on
 
     def probabilities(self, margins) -> np.ndarray:  # (B, C) -> (B, C) in (0, 1)

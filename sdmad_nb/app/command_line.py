@@ -6,6 +6,7 @@
 __all__ = ['app', 'shell']
 
 # %% ../../nbs/app/02_command_line.ipynb #2237688e
+import os
 import re
 import sys
 from collections import defaultdict
@@ -53,7 +54,8 @@ def shell(
 _Model = Annotated[str, Argument(metavar="MODEL", help="file that sdmad fit has written")]
 _Output = Annotated[str, Option("--output", "-o", metavar="FILE", help="table as CSV; printed where it is left out")]
 _Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold that fit --sensitivity has set")]
-_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder")]
+_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder: "
+                                                 "where it lies now")]
 _Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, where their file has moved since the fit")]
 _Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
 _Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "
@@ -63,6 +65,15 @@ _Backbone = Annotated[str, Option(metavar="NAME", help="the CLIP model: demo, wh
 _Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights: a file, or a name that open_clip "
                                                          "knows, such as openai; demo has its own")]
 _ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
+
+def _check_place(what, path, folder=False):  # OSError where it could not be written later; "" is fine
+    place = Path(os.path.realpath(path))
+    if not path or place.is_char_device() or place.is_fifo(): return
+    if place.exists() and place.is_dir() != folder:
+        raise OSError(f"{what} {path} is {'no' if folder else 'a'} folder: choose another name")
+    near = next(one for one in (*[place] * folder, *place.parents) if one.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        raise OSError(f"{what} {path} cannot be written: {near} is no folder, or not yours to write to")
 
 def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
@@ -101,6 +112,7 @@ def _fit(
     "Fit a model on a data-set folder and write it to a file."
     if not Path(output).resolve().parent.is_dir():
         raise OSError(f"output {output}: its folder does not exist, make it first")
+    _check_place("output", output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
     choices |= dict(epochs=epochs, lam=lam)
     with redirect_stdout(sys.stderr):
@@ -130,6 +142,7 @@ def _predict(
     device: _Device = "auto",
 ):
     "Predict the findings of images with a fitted model."
+    _check_place("output", output), _check_place("heatmaps", heatmaps, folder=True)
     target, skipped, left_out = output or sys.stdout, [] if skip_bad else None, []
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
@@ -177,6 +190,7 @@ def _evaluate(
     device: _Device = "auto",
 ):
     "Test a fitted model on a data-set folder."
+    _check_place("output", output)
     target = output or sys.stdout
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
@@ -251,10 +265,11 @@ def _check(
     from matplotlib.figure import Figure
     from sdmad_nb.app.sign_tools import describe_signs, draw_signs, frozen_signs
     from sdmad_nb.data.backbones import load_clip
+    _check_place("output", output)
     detector = frozen_signs(folder, load_clip(backbone, pretrained, image_size), signs)
     print(describe_signs(detector))
     if not output: return
     side = 2 + 0.3 * len(detector.signs.texts)  # inches
     figure = Figure(figsize=(side + 4, side))
     draw_signs(figure.subplots(), detector)
-    figure.savefig(output, dpi=150, bbox_inches="tight")
+    figure.savefig(output, dpi=300, bbox_inches="tight")

@@ -64,6 +64,6 @@ class Explanation:
 
     def save(self, path, signs: bool = False) -> Path:  # the picture written, in the format that its ending names
         figure = self.plot(signs).flat[0].figure
-        written = write_atomically(path, lambda file: figure.savefig(file, dpi=200))
+        written = write_atomically(path, lambda file: figure.savefig(file, dpi=300))
         plt.close(figure)
         return written

@@ -20,6 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from pydantic import ConfigDict, FiniteFloat, ValidationError
+from pydantic.dataclasses import dataclass as checked
 from tqdm import tqdm
 
 from .calibration import Calibration, calibrate, left_out_margins
@@ -30,6 +32,7 @@ from .pictures import EmptyImage, list_images, to_picture
 from ..core.clip import Features
 from ..core.config import Config, resolve_device
 from ..core.detector import Detector, SignDetector, predict, read_header, save
+from ..core.inputs import InputError, schema_faults
 from ..core.scores import sign_margins
 from ..core.signs import restrict
 from ..data.backbones import check_clip, load_clip, resolve_precision
@@ -43,14 +46,14 @@ from ..lab.tables import FINDING_METRICS, MAP_METRICS, PLACE_METRICS
 from ..methods.registry import Method, find_method, find_methods, load_detector
 
 # %% ../../nbs/app/01_sdmad.ipynb #01435907
-@dataclass(frozen=True)
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
 class Origin:
     "Hold what a model keeps of the images that it was fitted on."
-    hashes: frozenset = frozenset()  # of their pixels
-    patients: frozenset = frozenset()  # salted hashes of their patients' names
+    hashes: frozenset[str] = frozenset()  # of their pixels
+    patients: frozenset[str] = frozenset()  # salted hashes of their patients' names
     salt: str = ""
     pixels: Pixels = Pixels()  # how scans became grey values
-    limit: float = None  # of the colours of maps; None for a method that draws none
+    limit: FiniteFloat | None = None  # of the colours of maps; None for a method that draws none
 
     def knows(self, patient: str) -> bool: return _salted(patient, self.salt) in self.patients
 
@@ -164,13 +167,13 @@ def stream(
     calibrated: bool = False,  # decide by the threshold instead of the method's own rule
     skipped: list = None,  # takes the sentences about bad images; None lets the first one stop everything
     left_out: list = None,  # takes the names of what there is nothing to predict on
-):  # yields a table for each batch; DataError
+):  # yields a table for each batch; DataError for a bad image, or where none is left
     "Predict batch by batch."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size} but must be at least 1")
     clip, calibration = self.detector.clip, _decides(self, calibrated)
     (shown, rest), left_out = list_images(images, self.reader, skipped), [] if left_out is None else left_out
     left_out += [f"{name} is no image" for name in rest]
-    many, series, starts = (any(one.count > 1 for one in shown), any(one.series for one in shown),
+    done, many, series, starts = (0, any(one.count > 1 for one in shown), any(one.series for one in shown),
                             range(0, len(shown), batch_size))
     for start in tqdm(starts, desc="predict", unit="batch", disable=len(shown) <= batch_size):
         batch = [(one, picture) for one in shown[start:start + batch_size]
@@ -179,8 +182,10 @@ def stream(
         names = {"image": [one.name for one, _ in batch]}
         if many: names["slice"] = [one.number for one, _ in batch]
         if series: names["series"] = [one.series for one, _ in batch]
-        pixels = torch.stack([clip.preprocess(picture) for _, picture in batch])
+        pixels, done = torch.stack([clip.preprocess(picture) for _, picture in batch]), done + len(batch)
         yield _rows(self.detector, names, Features(clip, pixels), calibration)
+    reasons = [*(skipped or ()), *left_out]
+    if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
 # %% ../../nbs/app/01_sdmad.ipynb #850c3de8
 def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None where it is left out; DataError
@@ -201,11 +206,7 @@ def predict(
 ) -> pd.DataFrame:  # a row for each image; DataError for a bad image, or where none is left
     "Predict all images in one table."
     skipped, left_out = [] if skip_bad else None, []
-    tables = list(self.stream(images, batch_size, calibrated, skipped, left_out))
-    if not tables:
-        reasons = [*(skipped or ()), *left_out]
-        raise DataError("there is no image to predict" + (f": {reasons[0]}" if reasons else ""))
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat(list(self.stream(images, batch_size, calibrated, skipped, left_out)), ignore_index=True)
     table.attrs |= {"skipped": skipped or [], "left_out": left_out}
     return table
 
@@ -328,26 +329,29 @@ def load(
     path,  # from `save`
     pretrained: str = "",  # where the backbone's checkpoint lies now, if it is a file that has moved
     device: str = "auto",
-    backbone: str = "",  # the name of a backbone from a hub or a folder, which must be given here, too
+    backbone: str = "",  # where a backbone from a hub or a folder lies now; such a one must be named here, too
 ):  # SDMAD; FileNotFoundError; ValueError for a foreign or damaged file, or another backbone
     "Read a model, whatever its method."
     header = read_header(path)
     config, notes = header["config"], header["notes"]
-    _check_backbone(path, config.backbone, backbone)
+    _check_backbone(path, config, backbone)
     try:
-        kept, origin = notes.get("calibration"), notes.get("origin", {})
-        sets = {name: frozenset(origin.get(name, ())) for name in ("hashes", "patients")}
-        origin = Origin(**{**origin, **sets, "pixels": Pixels(**origin.get("pixels", {}))})
-        calibration = kept and Calibration(**kept)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a model of this project, or is damaged ({error}): fit it again") from error
+        origin, kept = Origin(**notes.get("origin", {})), notes.get("calibration")
+        calibration = kept if kept is None else Calibration(**kept)
+    except (TypeError, ValidationError) as error:
+        faults = schema_faults(error) if isinstance(error, ValidationError) else [str(error)]
+        raise InputError(f"{path} is not a model of this project, or is damaged", faults) from error
     pretrained, where = pretrained or config.pretrained, resolve_device(device)
-    clip = load_clip(config.backbone, pretrained, config.image_size, where, config.precision)
+    try: clip = load_clip(backbone or config.backbone, pretrained, config.image_size, where, config.precision)
+    except ValueError as error: raise ValueError(f"model {path} cannot be used: {error}") from error
     return cls(load_detector(path, clip), origin, calibration)
 
-def _check_backbone(path, kept, named):  # of the file, of the caller -> ValueError
-    if named and named != kept:
+_FOREIGN = ("hf-hub:", "local-dir:")
+
+def _check_backbone(path, config, named):  # named by the caller, "" where it is not -> ValueError
+    kept = config.backbone
+    if named and named != kept and not (named.startswith(_FOREIGN) and kept.startswith(_FOREIGN)):
         raise ValueError(f"model {path} was fitted on backbone {kept!r}, not on {named!r}: name that one, or none")
-    if not named and kept.startswith(("hf-hub:", "local-dir:")):
+    if not named and (kept.startswith(_FOREIGN) or config.pretrained == "random"):
         raise ValueError(f"model {path} asks for backbone {kept!r}, which is loaded only where you name it: pass "
-                         f"backbone={kept!r} (--backbone) if you trust it")
+                         f"backbone={kept!r} (--backbone), or the place where it lies now, if you trust it")

@@ -16,7 +16,6 @@ from fastcore.basics import patch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transform
 from tqdm import tqdm
 
 from .config import resolve_layers

@@ -87,6 +87,8 @@ class Detector(torch.nn.Module):
     def margins(self, features: Features) -> torch.Tensor:  # (B, C), the scores that a threshold is set on
         return self.predict(features, maps=False).scores
 
+    def check(self): pass  # ValueError where what was loaded cannot be predicted with
+
 # %% ../../nbs/core/07_detector.ipynb #04c738ff
 def predict(
     detector: Detector,
@@ -296,27 +298,25 @@ def save(
     return write_atomically(path, lambda file: file.write_bytes(to_bytes(state, said)))
 
 # %% ../../nbs/core/07_detector.ipynb #ea91216d
-def _read(path):  # -> header, tensors by name; FileNotFoundError; ValueError
+def read_header(
+    path,  # from `save`
+) -> dict:  # method, config (Config), signs (SignSet), clip, fingerprint, notes, tensors; FileNotFoundError; ValueError
+    "Read what a detector's file says about itself, and check the file whole."
     if not Path(path).is_file(): raise FileNotFoundError(f"model {path} does not exist: check the path, or fit one")
     try:
         with safe_open(path, "pt") as stored: said = stored.metadata() or {}
         if len(said["sdmad"]) > 2**24: raise ValueError("its header is longer than that of any detector")
         header = json.loads(said["sdmad"])
-        if header["format"] != _FORMAT: raise ValueError(f"its format is {header['format']!r}, not {_FORMAT!r}")
+        if len(json.dumps(header["signs"])) > 2**19: raise ValueError("it has more signs than any detector")
+        if header["format"] != _FORMAT: raise ValueError(f"its format is not {_FORMAT!r}")
         state = load_file(path)  # maps the file into memory and copies nothing
         if said.get("sha256") != _digest(said["sdmad"], state): raise ValueError("it was changed after it was saved")
         _check_finite(state, "its training has failed")
-        texts = {name: str(header[name]) for name in ("method", "clip", "fingerprint")}
+        texts = {name: str(header[name])[:80] for name in ("method", "clip", "fingerprint")}
         return {**texts, "config": Config(**header["config"]), "signs": SignSet(**header["signs"]),
-                "notes": dict(header["notes"])}, state
+                "notes": dict(header["notes"]), "tensors": state}
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep
         raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
-
-def read_header(
-    path,  # from `save`
-) -> dict:  # method, config (Config), signs (SignSet), clip, fingerprint, notes; FileNotFoundError; ValueError
-    "Read what a detector's file says about itself, and check the file whole."
-    return _read(path)[0]
 
 # %% ../../nbs/core/07_detector.ipynb #3b6d84d2
 def load(
@@ -325,7 +325,8 @@ def load(
     kind,  # the class that was saved, a subclass of `Detector`
 ) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector onto the CLIP it was fitted on."
-    header, state = _read(path)
+    header = read_header(path)
+    state = header["tensors"]
     if header["fingerprint"] != clip.fingerprint:
         raise ValueError(f"{path} was fitted on backbone {header['clip']!r} ({header['fingerprint']}), not on "
                          f"{clip.name!r} ({clip.fingerprint}): "
@@ -340,6 +341,7 @@ def load(
             owner, _, leaf = name.rpartition(".")
             setattr(detector.get_submodule(owner), leaf, state[name].clone().to(clip.device))  # aligned in memory
         detector.load_state_dict(state)
+        detector.check()
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} lacks weights, or has others than its configuration says "
                          f"({' '.join(str(error).split())}): fit it again") from error

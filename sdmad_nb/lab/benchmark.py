@@ -121,6 +121,7 @@ def split_of(
     if benchmark.split: return benchmark.split
     dataset, level, normals = benchmark.dataset, config.split_level, config.normal_shots
     name = f"{dataset.name}-k{config.shots}-s{config.seed}-{level}{f'-n{normals}' if normals >= 0 else ''}"
+    name = name.replace("/", "%2F").replace("\\", "%5C")  # a name never leads out of the folder
     path = Path(folder) / "splits" / f"{name}-{dataset_fingerprint(dataset)[:6]}.json"
     if path.is_file(): return read_split(path, dataset)
     split = _draw(dataset, config)

@@ -50,7 +50,7 @@ class Experiment:
         return records
 
     def save(self, figure, ending: str = ""):  # the figure, written beside the tables as PNG and SVG
-        for kind in ("png", "svg"): figure.savefig(self.folder / f"{self.dataset.folder.name}{ending}.{kind}", dpi=150)
+        for kind in ("png", "svg"): figure.savefig(self.folder / f"{self.dataset.folder.name}{ending}.{kind}", dpi=300)
         return figure
 
 # %% ../../nbs/lab/09_experiment.ipynb #49490235
@@ -221,6 +221,6 @@ def maps_figure(
         for ax in line:
             if mask.any(): ax.contour(mask, levels=[0.5], colors="#F0E442", linewidths=0.8, origin="upper", **place)
             ax.axis("off")
-    for ax, title in zip(axes[0, 1:], shown): ax.set_title(title, fontsize=8)
+    for ax, title in zip(axes[0, 1:], shown): ax.set_title(title, fontsize=8, parse_math=False)
     figure.tight_layout(pad=0.3)
     return figure

@@ -48,7 +48,7 @@ def _surgery_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W), of t
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #c1945dd2
 class AnomalyClip(Learner):
     "Compare images and patches with two learned prompts about no particular object. Zhou et al. 2024"
-    kept = ("text",)  # (2, D), normal and damaged
+    kept = {"text": "2 D"}  # normal and damaged
     surgery = True  # whether patches are read from the second stream
     def __init__(self, clip, signs, config):  # ValueError where the surgery cannot be done
         super().__init__(clip, signs, config)

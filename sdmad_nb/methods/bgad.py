@@ -23,7 +23,7 @@ class _Coupling(torch.nn.Module):
     def __init__(self, width, places, generator):
         super().__init__()
         self.half = width // 2
-        self.register_buffer("order", torch.randperm(width, generator=generator))
+        self.register_buffer("order", torch.randperm(width, generator=generator), persistent=False)
         self.first = draw_linear(self.half + places, 2 * (self.half + places), generator)
         self.second = draw_linear(2 * (self.half + places), 2 * (width - self.half), generator)
 
@@ -73,7 +73,7 @@ def _known_patches(clip, shots):  # Support -> its images whose patches are know
 # %% ../../nbs/methods/19_bgad.ipynb #2ce39ed5
 class BgadDetector(LevelLearner):
     "Call a patch abnormal where it is unlikely among normal ones. Yao et al. 2023"
-    kept = ("highest",)  # (L,), log-likelihood among the normal training patches
+    kept = {"highest": "L"}  # log-likelihood among the normal training patches
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)
         self.places = _place_codes(clip.grid).to(clip.device)

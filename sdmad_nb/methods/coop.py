@@ -73,7 +73,7 @@ def _coop_rate(epoch, epochs, learning_rate):  # from 0; T; eta
 # %% ../../nbs/methods/05_coop.ipynb #de6d7e89
 class CoOp(LogitDetector):
     "Compare images with prompts whose context was learned. Zhou et al. 2022"
-    kept = ("text",)  # (C + 1, D), normal last
+    kept = {"text": "C+1 D"}  # normal last
     def first_context(self):  # (1 or C + 1, M, W)
         return random_context(self.clip, torch_generator(self.config.seed, "context"))
 

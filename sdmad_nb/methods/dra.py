@@ -73,7 +73,7 @@ class LevelLearner(Learner):
 # %% ../../nbs/methods/18_dra.ipynb #8ae23d8b
 class DraDetector(LevelLearner):
     "Add up what three heads find abnormal, less what a fourth finds normal. Ding et al. 2022"
-    kept = ("normal",)  # (L, P, W), mean of the normal shots
+    kept = {"normal": "L P W"}  # mean of the normal shots
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)
         self.heads = self.each_level(lambda draw: _Heads(clip.image.width, draw))

@@ -25,7 +25,7 @@ class Brightness(Learner):
 # %% ../../nbs/methods/10_frozen_maps.ipynb #261ea678
 class TextMap(Learner):
     "Compare the image and its patches with normal and abnormal text: zero-shot CLIP."
-    kept = ("text",)  # (2, D), normal and abnormal
+    kept = {"text": "2 D"}  # normal and abnormal
     def learn(self, support):
         text = read_text(self.clip, self.signs, self.config.prompts)
         self.text = torch.stack([text.normal, text.abnormal])
@@ -41,7 +41,7 @@ class TextMap(Learner):
 # %% ../../nbs/methods/10_frozen_maps.ipynb #88b46ee7
 class MemoryBank(Learner):
     "Measure the distance to the frozen patches of normal images at several depths. Chen et al. 2023"
-    kept = ("memory",)  # (L, M, W)
+    kept = {"memory": "L M W"}
     def learn(self, support):
         normal = augmented(support[support.abnormal == 0], self.config.augment)
         self.memory = patch_memory(self._patches(normal.features))

@@ -82,6 +82,7 @@ def _evenly_spaced(sentences, count):  # 0 = all -> at most `count`, in their or
 # %% ../../nbs/methods/14_fusion.ipynb #d6250448
 class FusionDetector(MapDetector):
     "Compare patches, alone and with their class token, with learned prompts. FusionCLIP-AD"
+    kept = MapDetector.kept | dict.fromkeys(["normal", "abnormal"], "D or paths L D")
     activation = True  # the ReLU
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)

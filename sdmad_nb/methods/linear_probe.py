@@ -31,7 +31,7 @@ def above_normal(logits: torch.Tensor) -> torch.Tensor:  # (B, C + 1), normal la
 # %% ../../nbs/methods/03_linear_probe.ipynb #a3fc5b4d
 class LinearProbe(LogitDetector):
     "Score images by one logistic regression per finding. Radford et al. 2021"
-    kept = ("weight", "bias")  # (C, D), (C,)
+    kept = {"weight": "C D", "bias": "C"}
     def learn(self, support):
         shots = support.features.image_features().cpu().numpy()
         fits = [_fit_probe(shots, column) for column in support.labels.bool().cpu().numpy().T]

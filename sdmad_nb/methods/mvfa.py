@@ -41,6 +41,7 @@ class TwinAdapter(torch.nn.Module):
 # %% ../../nbs/methods/13_mvfa.ipynb #c529b86b
 class MvfaDetector(MapDetector):
     "Draw maps with twin adapters. Huang et al. 2024"
+    kept = MapDetector.kept | {"memory": "2 L M D"}
     signs_in_loss = False  # whether SD-MAD's loss is added
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)

@@ -14,7 +14,7 @@ from pkgutil import iter_modules
 import torch
 
 from ..core.clip import Clip
-from ..core.config import Config
+from ..core.config import Config, resolve_layers
 from ..core.detector import Detector, Prediction, Support, check_support, load, read_header
 from ..core.signs import SignSet
 
@@ -49,7 +49,7 @@ class Method:
 # %% ../../nbs/methods/00_registry.ipynb #c94319b0
 class Learner(Detector):
     "Learn a few tensors from a support set, and keep them."
-    kept = ()  # names of these tensors, which are empty until `learn` sets them
+    kept = {}  # name of such a tensor, which is empty until `learn` sets it: its shape, such as "C D"
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
         super().__init__(clip, signs, config)
         for name in self.kept: self.register_buffer(name, torch.zeros(0, device=clip.device))
@@ -62,6 +62,18 @@ class Learner(Detector):
         return detector
 
     def learn(self, support: Support): pass  # sets what is kept
+
+    def check(self):  # ValueError
+        sizes = {"2": 2, "4": 4, "C": len(self.signs.categories), "C+1": len(self.signs.categories) + 1,
+                 "S": len(self.signs.texts), "D": self.clip.joint, "W": self.clip.image.width,
+                 "L": len(resolve_layers(self.config.layers, self.clip.depth)), "paths": len(self.config.paths)}
+        for name, shapes in self.kept.items():
+            value, kind = getattr(self, name), torch.bool if "bool" in shapes else torch.float32
+            words = [shape.split() for shape in shapes.removeprefix("bool").split(" or ")]
+            words = [one for one in words if len(one) == value.dim()]
+            if value.dtype == kind and value.numel() and words and all(
+                    sizes.setdefault(word, size) == size for word, size in zip(words[0], value.shape)): continue
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {shapes}")
 
 # %% ../../nbs/methods/00_registry.ipynb #372d9c52
 def find_methods() -> dict:  # name -> Method; ValueError where two have one name
@@ -90,4 +102,7 @@ def methods_of(table: str) -> list:  # names of methods, in the order of their r
 
 def load_detector(path, clip: Clip) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector of any method."
-    return load(path, clip, find_method(read_header(path)["method"]).detector)
+    name = read_header(path)["method"]
+    try: kind = find_method(name).detector
+    except ValueError as error: raise ValueError(f"{path} cannot be loaded: {error}") from error
+    return load(path, clip, kind)

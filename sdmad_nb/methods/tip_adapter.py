@@ -25,7 +25,7 @@ def _look_up(images, keys, labels, alpha=1.0, beta=5.5):  # (B, D) unit norm, (K
 # %% ../../nbs/methods/04_tip_adapter.ipynb #a3fcbfca
 class TipAdapter(LogitDetector):
     "Look images up among the shots, beside reading the text. Zhang et al. 2022"
-    kept = ("sign_features", "anchor", "keys", "values")  # (S, D), (D,), (K, D), (K, C)
+    kept = {"sign_features": "S D", "anchor": "D", "keys": "K D", "values": "K C"}
     def learn(self, support):
         self.sign_features, self.anchor = text_features(self.clip, encode_prompts(self.clip, self.signs))
         self.keys, self.values = support.features.image_features(), support.labels.to(self.clip.device)

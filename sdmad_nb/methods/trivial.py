@@ -21,7 +21,7 @@ def best_constant(labels) -> np.ndarray:  # (N, C) 0/1 -> (C,) bool
 # %% ../../nbs/methods/01_trivial.ipynb #f6368556
 class ConstantDetector(Learner):
     "Give every image the most frequent label set of the shots."
-    kept = ("answer",)  # (C,) bool
+    kept = {"answer": "bool C"}
     def learn(self, support):
         self.answer = torch.from_numpy(best_constant(support.labels.cpu())).to(self.clip.device)
 

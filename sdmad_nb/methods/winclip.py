@@ -79,7 +79,7 @@ class WinClip(TextMap):
 # %% ../../nbs/methods/11_winclip.ipynb #e4775c40
 class WinClipPlus(WinClip):
     "Compare windows and patches with those of normal images too. Jeong et al. 2023, Sec. 4.3"
-    kept = ("text", "patches", *(f"windows{scale}" for scale in _SCALES))  # (2, D), (M, W), and (M, D) for each scale
+    kept = WinClip.kept | {"patches": "M W"} | {f"windows{scale}": f"M{scale} D" for scale in _SCALES}
     def learn(self, support):
         super().learn(support)
         normal = support[support.abnormal == 0].features
