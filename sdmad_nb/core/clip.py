@@ -194,7 +194,7 @@ class Clip:
     image_size: int  # pixels, H
     fingerprint: str  # of weights, kinds of layer and preprocessing
     dtype: torch.dtype = torch.float32  # of the products in frozen image blocks, and of what is kept of their values
-    cache: object = None  # keeps frozen values, see `data/10_cache`; None keeps nothing
+    cache: object = None  # keeps frozen values, see `data/00_0_cache`; None keeps nothing
 
     @property
     def depth(self) -> int: return len(self.image.blocks)  # L

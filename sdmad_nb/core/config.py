@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYER_PRESETS', 'PATHS', 'Config', 'config_to_dict', 'resolve_layers', 'torch_generator', 'numpy_generator',
-           'resolve_device', 'project_root', 'cache_folder', 'write_atomically']
+           'resolve_device', 'write_atomically']
 
 # %% ../../nbs/core/00_config.ipynb #7b4033b5
 import errno
@@ -135,27 +135,6 @@ def resolve_device(name: str = "auto") -> "torch.device":  # ValueError where th
     if name == "auto": name = "cuda" if "cuda" in present else "cpu"
     if str(name) in present: return torch.device(name)
     raise ValueError(f"device is {name!r}, which this machine does not have: use auto or one of {', '.join(present)}")
-
-# %% ../../nbs/core/00_config.ipynb #8bd01fcc
-def project_root(start=None) -> Path:  # `start`, by default the current folder, where it is outside a checkout
-    "Find the folder that holds this project's settings.ini."
-    start = Path(start or Path.cwd()).resolve()
-    return next((folder for folder in (start, *start.parents) if _is_root(folder)), start)
-
-def _is_root(folder):
-    settings = folder / "settings.ini"
-    return settings.is_file() and "lib_name = sdmad_nb" in settings.read_text(encoding="utf-8")
-
-def cache_folder(*parts: str) -> Path:  # made if it is not there; PermissionError with the remedy where it cannot be
-    "Name a folder for what can be computed again."
-    root = project_root()
-    default = root / "cache" if _is_root(root) else Path.home() / ".cache" / "sdmad_nb"
-    folder = Path(os.environ.get("SDMAD_CACHE") or default, *parts)
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"cannot make the cache folder {folder} ({error.strerror}): "
-                              "set SDMAD_CACHE to a folder that can be written") from error
-    return folder
 
 # %% ../../nbs/core/00_config.ipynb #b0b91dd5
 def write_atomically(

@@ -22,7 +22,8 @@ from scipy import ndimage
 from skimage.morphology import disk
 from tqdm import tqdm
 
-from ..core.config import cache_folder, numpy_generator
+from ..core.config import numpy_generator
+from .cache import cache_folder
 
 # %% ../../nbs/data/02_phantom.ipynb #f1d3e96c
 CATEGORIES = ("Craniotomy", "Posttreatment change", "Nonspecific lesion", "Dural thickening", "Enlarged ventricles",

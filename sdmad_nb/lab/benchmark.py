@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..core.clip import Clip
-from ..core.config import Config, cache_folder, config_to_dict, resolve_device, resolve_layers
+from ..core.config import Config, config_to_dict, resolve_device, resolve_layers
 from ..core.detector import predict
 from ..core.signs import SignSet, restrict
 from ..data.backbones import check_clip, load_clip, resolve_precision
-from ..data.cache import Cache
+from ..data.cache import Cache, cache_folder
 from ..data.folder import DataError, DataSet, dataset_fingerprint
 from ..data.open_data import open_data
 from ..data.splits import Split, draw_split, hold_out, indices, read_split, write_split

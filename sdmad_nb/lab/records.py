@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core.config import project_root, write_atomically
+from ..core.config import write_atomically
+from ..data.cache import project_root
 
 try: import resource
 except ImportError: resource = None  # Windows has none: the peak memory is then recorded as unknown
