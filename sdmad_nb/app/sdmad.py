@@ -141,7 +141,8 @@ def _encode_once(detector, features):  # -> a detector that has these images' fe
 def _best_signs(detector, features):  # -> {column: B texts}
     above = sign_margins(detector.encode_images(features), detector.sign_features, detector.anchor)  # (B, S)
     best = np.argsort(-above.masked_fill(~detector.keep, -torch.inf).cpu().numpy(), axis=1)[:, :3]
-    texts = np.array(detector.signs.texts, dtype=object)
+    findings = np.array(detector.signs.categories)[detector.signs.category]
+    texts = np.array([f"{name}: {text}" for name, text in zip(findings, detector.signs.texts)], dtype=object)
     return {f"sign {place + 1}": texts[rows] for place, rows in enumerate(best.T)}
 
 @torch.no_grad()
@@ -150,9 +151,10 @@ def _rows(detector, names, features, calibration=None):  # names: {column: B cel
     said, parts = detector.predict(features, maps=False), {}
     if said.labels is not None: parts[""] = said.labels.numpy()  # (B, C), as all parts
     if said.scores is not None: parts[" score"] = said.scores.numpy()
-    if calibration:
+    if calibration or detector.config.reading == "unmixed":
         margins = detector.margins(features).cpu().numpy()
-        parts |= {"": margins >= calibration.threshold, " probability": calibration.probabilities(margins)}
+        parts[" margin"] = margins - (calibration.threshold if calibration else 0)  # above 0 is yes
+    if calibration: parts |= {"": parts[" margin"] >= 0, " probability": calibration.probabilities(margins)}
     table = {**names, "abnormal": said.anomaly}
     for c, name in enumerate(detector.signs.categories):
         table |= {name + ending: part[:, c] for ending, part in parts.items()}
@@ -272,6 +274,19 @@ def _open_tests(data, detector, origin):  # -> DataSet; DataError where it has o
     return replace(dataset, categories=names, labels=dataset.labels[:, order])
 
 # %% ../../nbs/app/01_sdmad.ipynb #66a43f7e
+def _at_decision(names, present, found):  # C names, (B, C) bool twice -> rows of the table, a sentence for each finding
+    hits, alarms, cases, others = (part.sum(0) for part in (present & found, ~present & found, present, ~present))
+    share = lambda part, whole: np.where(whole > 0, part / np.maximum(whole, 1), np.nan).round(4)
+    rates = {"sensitivity": share(hits, cases), "specificity": share(others - alarms, others)}
+    rows = {f"{rate} {name}": [value, np.nan, np.nan] for rate, values in rates.items()
+            for name, value in zip(names, values)}
+    told = zip(names, hits, cases, alarms, others)
+    return _as_table(rows), [f"{name}: found in {a} of {b} images that have it, and in {c} of {d} that do not"
+                             for name, a, b, c, d in told]
+
+def _as_table(rows):  # {metric: [value, low, high]}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"]).rename_axis("metric").round(4)
+
 _NAMES = {**MAP_METRICS, **PLACE_METRICS, **FINDING_METRICS}  # metric -> what tables call it
 
 def _metrics(found):  # from `lab.evaluation.evaluate` -> table
@@ -280,8 +295,7 @@ def _metrics(found):  # from `lab.evaluation.evaluate` -> table
         if metric not in found.get(level, {}): continue
         rows[name] = [found[level][metric], *found[level].get("interval", {}).get(metric, [np.nan, np.nan])]
     each, ends = (found.get("findings", {}).get(key, {}) for key in ("auroc", "interval"))
-    rows |= {f"AUROC {name}": [value, *ends["auroc"][name]] for name, value in each.items()}
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"]).rename_axis("metric").round(4)
+    return _as_table(rows | {f"AUROC {name}": [value, *ends["auroc"][name]] for name, value in each.items()})
 
 # %% ../../nbs/app/01_sdmad.ipynb #daefdc29
 @patch
@@ -309,6 +323,9 @@ def evaluate(
     notes += [f"no tested image has {name!r}, which is therefore not measured" for name, count in
               zip(self.categories, truth.labels.sum(0)) if not count]
     table = _metrics(found)
+    if said.labels is not None:
+        rates, counts = _at_decision(self.categories, truth.labels == 1, said.labels.numpy())
+        table, notes = pd.concat([table, rates]), [*notes, *counts]
     table.attrs["notes"] = notes
     return table
 

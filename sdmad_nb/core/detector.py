@@ -151,8 +151,13 @@ def read(self: SignDetector, images: torch.Tensor):  # (B, D) -> scores (B, C), 
     signs = self.sign_features, self.category
     if self.config.reading == "best-sign":
         return category_scores(images, *signs, self.keep), predict_categories(images, *signs, self.anchor, self.keep)
-    weights = unmixed_weights(images, *signs, self.anchor, self.config.ridge)  # (B, C + 1)
-    return weights[:, :-1], weights[:, :-1] > torch.maximum(self.thresholds, weights[:, -1:])
+    scores, above = _unmix(self, images)
+    return scores, above > 0
+
+def _unmix(detector, images):  # -> scores, and how far they are above what decides, both (B, C)
+    signs = detector.sign_features, detector.category, detector.anchor
+    weights = unmixed_weights(images, *signs, detector.config.ridge)  # (B, C + 1)
+    return weights[:, :-1], weights[:, :-1] - torch.maximum(detector.thresholds, weights[:, -1:])
 
 @patch
 def predict(self: SignDetector, features: Features, maps: bool = True) -> Prediction:
@@ -166,8 +171,10 @@ def predict(self: SignDetector, features: Features, maps: bool = True) -> Predic
 
 # %% ../../nbs/core/07_detector.ipynb #4fb3a62d
 @patch
-def margins(self: SignDetector, features: Features) -> torch.Tensor:  # (B, C): best kept sign above the anchor
-    return category_margins(self.encode_images(features), self.sign_features, self.category, self.anchor, self.keep)
+def margins(self: SignDetector, features: Features) -> torch.Tensor:  # (B, C): above what decides, or above the anchor
+    images = self.encode_images(features)
+    if self.config.reading == "unmixed": return _unmix(self, images)[1]
+    return category_margins(images, self.sign_features, self.category, self.anchor, self.keep)
 
 @patch
 def sign_maps(self: SignDetector, features: Features) -> torch.Tensor:  # (B, kept, rows, columns)
