@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdmad_nb.core import scores
+from sdmad_nb.core import decisions, scores
 from sdmad_nb.core.clip import Features, fingerprint, freeze_clip
 from sdmad_nb.core.config import Config
 from sdmad_nb.core.detector import Prediction, Support, predict, save
@@ -138,9 +138,10 @@ def pretend(value, memo):
     return memo[id(value)]
 
 
-def all_similarities(images, signs, category, keep=None):
+def all_similarities(images, signs, category, keep=None, anchor=None):
     "Stand in for the one function whose shapes depend on values, which fake tensors have not: all signs are kept."
-    return scores.cosine_similarity(images, signs) + (0 if keep is None else 0 * keep), category.long(), 3 + (keep is None)
+    found = scores.cosine_similarity(images, signs) if anchor is None else scores.sign_margins(images, signs, anchor)
+    return found + (0 if keep is None else 0 * keep), category.long(), 3 + (keep is None)
 
 
 @pytest.mark.parametrize("name", find_methods())
@@ -148,6 +149,7 @@ def test_a_prediction_stays_on_one_device(name, clip, monkeypatch):
     "Fake tensors compute shapes, types and devices alone, as if on a GPU, and refuse to mix devices."
     detector, method = fit(find_method(name), support_of(clip), clip), find_method(name)
     monkeypatch.setattr(scores, "_sign_similarities", all_similarities)
+    monkeypatch.setattr(decisions, "check_signs", lambda signs, category: len(detector.signs.categories))
     for kind in (torch.Tensor, torch.nn.Parameter): monkeypatch.setattr(kind, "__deepcopy__", pretend)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: True)  # checks of values pass
     with FakeTensorMode():

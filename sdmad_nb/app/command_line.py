@@ -66,6 +66,7 @@ _Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights
                                                          "knows, such as openai; demo has its own")]
 _ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
 
+# %% ../../nbs/app/02_command_line.ipynb #3aa1708d
 def _check_place(what, path, folder=False):  # OSError where it could not be written later; "" is fine
     place = Path(os.path.realpath(path))
     if not path or place.is_char_device() or place.is_fifo(): return
@@ -110,8 +111,6 @@ def _fit(
     precision: Annotated[str, Option(metavar="NAME", help="of the backbone: fp32, bf16, or auto, the faster")] = "auto",
 ):
     "Fit a model on a data-set folder and write it to a file."
-    if not Path(output).resolve().parent.is_dir():
-        raise OSError(f"output {output}: its folder does not exist, make it first")
     _check_place("output", output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
     choices |= dict(epochs=epochs, lam=lam)

@@ -248,7 +248,7 @@ def explain(
     return replace(why, signs=texts, sign_maps=detector.sign_maps(features)[0].cpu().numpy())
 
 # %% ../../nbs/app/01_sdmad.ipynb #85fd7166
-def _tested_rows(dataset, origin):  # -> row numbers, notes; DataError
+def _tested(dataset, origin):  # -> Truth, notes; DataError
     patients = {name for name, pixels in zip(dataset.patients, dataset.hashes) if pixels in origin.hashes}
     rows = [i for i, name in enumerate(dataset.patients)
             if name not in patients and (dataset.split is None or dataset.split[i] == "test")]
@@ -259,7 +259,7 @@ def _tested_rows(dataset, origin):  # -> row numbers, notes; DataError
     if namesakes := {dataset.patients[i] for i in rows if origin.knows(dataset.patients[i])}:
         notes.append(f"{len(namesakes)} patients, such as {min(namesakes)}, have names of patients that the model has "
                      "learned from: if they are the same persons, the numbers are too good")
-    return np.array(rows), notes
+    return Truth(dataset, np.array(rows)), notes
 
 def _open_tests(data, detector, origin):  # -> DataSet; DataError where it has other findings or pixels
     dataset = open_data("demo", 5)[0] if str(data) == "demo" else read_dataset(data, detector.signs, partial=True)
@@ -309,13 +309,12 @@ def evaluate(
 ) -> pd.DataFrame:  # index metric; value, low, high in [0, 1]; DataError, ValueError where nothing can be measured
     "Measure how good the model is, as the tables do."
     calibration, dataset = _decides(self, calibrated), _open_tests(data, self.detector, self.origin)
-    rows, notes = _tested_rows(dataset, self.origin)
-    truth = Truth(dataset, rows)
+    truth, notes = _tested(dataset, self.origin)
     if maps: self.check_maps(), check_truth(truth, ["pixels"])
-    features = read_features(dataset, truth.rows, self.detector.clip)
-    said = predict(self.detector, features, maps=maps)
+    features, detector = read_features(dataset, truth.rows, self.detector.clip), self.detector
+    said = predict(detector, features, maps=maps)
     if calibration:
-        margins = torch.cat([self.detector.margins(part).cpu() for part in features.batches()])
+        margins = torch.cat([detector.margins(part).cpu() for part in features.batches()])
         said = replace(said, labels=margins >= calibration.threshold)
     found, _ = evaluate(truth, said, draws=draws)
     notes += [f"the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's"
@@ -363,6 +362,7 @@ def load(
     except ValueError as error: raise ValueError(f"model {path} cannot be used: {error}") from error
     return cls(load_detector(path, clip), origin, calibration)
 
+# %% ../../nbs/app/01_sdmad.ipynb #6b15168c
 _FOREIGN = ("hf-hub:", "local-dir:")
 
 def _check_backbone(path, config, named):  # named by the caller, "" where it is not -> ValueError

@@ -330,8 +330,10 @@ def _token_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W). Fusion
 @torch.no_grad()
 def frozen(self: Features, names, compute, size: int = 32) -> torch.Tensor:  # (B, len(names), ...)
     clip, key = self.clip, getattr(self.images, "key", None)
-    made_of = lambda part: compute(part.pixels()).to(clip.dtype)
-    if clip.cache is None or key is None: return torch.cat([made_of(part) for part in self.batches(size)]).float()
+    narrow = (lambda value: value) if clip.dtype == torch.float32 else (lambda value: value.to(clip.dtype))
+    widen = lambda value: value.to(clip.device, torch.promote_types(value.dtype, torch.float32))
+    made_of = lambda part: narrow(compute(part.pixels()))
+    if clip.cache is None or key is None: return widen(torch.cat([made_of(part) for part in self.batches(size)]))
     kinds = [f"{clip.fingerprint}-{name}-{8 * clip.dtype.itemsize}bit" for name in names]
     keys = [key(row) for row in self.rows]
     found = [clip.cache.read(kind, keys) for kind in kinds]  # for each name B tensors, or None in their place
@@ -342,7 +344,7 @@ def frozen(self: Features, names, compute, size: int = 32) -> torch.Tensor:  # (
             clip.cache.write(kind, [keys[row] for row in rows], made)
             for row, value in zip(rows, made): values[row] = value
     whole = torch.stack([value for values in zip(*found) for value in values])  # (B * len(names), ...)
-    return whole.unflatten(0, (-1, len(names))).to(clip.device, torch.float32)
+    return widen(whole).unflatten(0, (-1, len(names)))
 
 # %% ../../nbs/core/02_clip.ipynb #5b90f439
 def token_counts(clip: Clip, sentences) -> list:  # N numbers, a start and an end among each

@@ -142,17 +142,8 @@ def write_atomically(
     writer,  # called with a temporary path in the same folder, writes the content there
 ) -> Path:  # PermissionError, with the remedy, where it cannot be written
     "Write a file whole or not at all."
-    path, target, name = Path(path), Path(os.path.realpath(path)), ""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try: mode = target.stat().st_mode
-        except FileNotFoundError: mode = stat.S_IFREG
-        if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
-        suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
-        if stat.S_ISREG(mode):  # and neither a device nor a pipe
-            _remove_old(target.parent)
-            handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
-            os.close(handle)
+    path, target = Path(path), Path(os.path.realpath(path))
+    try: name = _temporary(target)
     except OSError as error:
         raise PermissionError(f"cannot write {path} ({error.strerror}): "
                               "choose another name or folder, or change its rights") from error
@@ -167,6 +158,20 @@ def write_atomically(
     finally:
         if name: Path(name).unlink(missing_ok=True)
     return path
+
+
+# %% ../../nbs/core/00_config.ipynb #b0b91dd6
+def _temporary(target):  # -> name of a new file beside it, "" where it is a device or a pipe; OSError
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try: mode = target.stat().st_mode
+    except FileNotFoundError: mode = stat.S_IFREG
+    if stat.S_ISDIR(mode): raise IsADirectoryError(0, "it is a folder")
+    if not stat.S_ISREG(mode): return ""
+    _remove_old(target.parent)
+    suffix = target.suffix if len(target.suffix) <= 16 else ""  # no name may be too long
+    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=suffix, dir=target.parent)
+    os.close(handle)
+    return name
 
 @cache  # once in each process
 def _remove_old(folder):  # what processes that were killed have left

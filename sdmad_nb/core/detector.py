@@ -124,12 +124,6 @@ class SignDetector(Detector):
         if self.config.selection: self.keep = select_signs(self.sign_features, self.category)
         return self
 
-    @torch.no_grad()
-    def read_shots(self, support: Support):  # fixes the thresholds of the unmixed reading; gives itself back
-        if self.config.reading == "unmixed":
-            self.thresholds = shot_thresholds(self.read(self.encode_images(support.features))[0], support.labels)
-        return self
-
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
         return cls(clip, signs, config).read_signs().read_shots(support)
@@ -153,6 +147,13 @@ def read(self: SignDetector, images: torch.Tensor):  # (B, D) -> scores (B, C), 
         return category_scores(images, *signs, self.keep), predict_categories(images, *signs, self.anchor, self.keep)
     scores, above = _unmix(self, images)
     return scores, above > 0
+
+@patch
+@torch.no_grad()
+def read_shots(self: SignDetector, support: Support):  # fixes the thresholds of the unmixed reading; gives itself back
+    if self.config.reading == "unmixed":
+        self.thresholds = shot_thresholds(self.read(self.encode_images(support.features))[0], support.labels)
+    return self
 
 def _unmix(detector, images):  # -> scores, and how far they are above what decides, both (B, C)
     signs = detector.sign_features, detector.category, detector.anchor

@@ -30,6 +30,7 @@ def read_features(
     "Wrap images of a data set for a frozen CLIP."
     return Features(clip, FilesAhead([dataset.path(int(row)) for row in rows], dataset.pixels))
 
+# %% ../../nbs/data/09_support.ipynb #f89b6986
 class FilesAhead(ImageFiles):
     "Read image files as RGB pictures, and prepare them for a backbone in several processes."
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0

@@ -75,6 +75,7 @@ def open_benchmark(
     resolve_layers(config.layers, clip.depth)
     return Benchmark(dataset, restrict(sign_set, dataset.categories), clip, config, own, data == "demo")
 
+# %% ../../nbs/lab/06_benchmark.ipynb #f524159f
 def _draw(dataset, config):
     return draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)
 

@@ -96,6 +96,7 @@ def heading(self: Experiment) -> str:  # what a table is about
             f"{counted(_every(self, 'shots'), 'shot')}, {counted(str(len(self.seeds)), 'seed')}"
             f"{f', {self.replicates}' * (self.replicates != 'seeds')}")
 
+# %% ../../nbs/lab/09_experiment.ipynb #544165dc
 @patch(as_prop=True)
 def setting(self: Experiment) -> str:  # what a table's numbers depend on
     first = self.benchmarks[0]

@@ -79,7 +79,7 @@ def interval_table(
 # %% ../../nbs/lab/07_tables.ipynb #ac963bb1
 def _difference(one, other):  # rows of the long table of one metric of two methods -> as `lab.statistics.difference`
     keys = ["dataset", "seed"]
-    both = one.set_index(keys).join(other.set_index(keys)[["value", "drawn"]], rsuffix="_other", how="inner")
+    both = one.merge(other[[*keys, "value", "drawn"]], on=keys, suffixes=("", "_other")).set_index(keys)
     values = both.value - both.value_other
     if values.index.unique("dataset").size > 1: return difference(values.groupby("dataset", sort=False).mean())
     drawn = [one - other for one, other in zip(both.drawn, both.drawn_other) if np.ndim(one) and np.ndim(other)]
@@ -123,6 +123,7 @@ def winners_summary(
             told.append(f" {name} {titles[average.idxmax()]} {average.max():.1f}{behind};")
     return f"The highest mean, oracles left out:{''.join(told)[:-1]}."
 
+# %% ../../nbs/lab/07_tables.ipynb #6ce0ea0b
 def ranking_summary(
     long: pd.DataFrame,  # from `long_table`
     metric: str,

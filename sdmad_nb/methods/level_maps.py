@@ -18,7 +18,8 @@ from .registry import Learner
 # %% ../../nbs/methods/12_level_maps.ipynb #ef09c412
 class MapDetector(Learner):
     "Average a text branch with a memory of normal patches. Huang et al. 2024"
-    kept = {"normal": "D", "abnormal": "D", "memory": "L M W", "ranges": "4 2", "by_map": "bool"}  # whether maps were trained
+    kept = {"normal": "D", "abnormal": "D", "memory": "L M W", "ranges": "4 2",
+            "by_map": "bool"}  # whether maps were trained
     test = None  # the test set, of an oracle
     def make_text(self):  # the frozen text features in every step, unless a method learns prompts
         found = read_text(self.clip, self.signs, self.config.prompts)

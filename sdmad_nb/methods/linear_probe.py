@@ -42,6 +42,7 @@ class LinearProbe(LogitDetector):
         scores = features.image_features() @ self.weight.T + self.bias
         return torch.cat([scores, torch.zeros_like(scores[:, :1])], dim=1)
 
+# %% ../../nbs/methods/03_linear_probe.ipynb #1c6f403c
 def _fit_probe(shots, labels):  # (K, D), (K,) bool -> weight (D,), bias
     if labels.all() or not labels.any(): return np.zeros(shots.shape[1]), 1.0 if labels.all() else -1.0
     model = LogisticRegression(class_weight="balanced", max_iter=1000).fit(shots, labels)

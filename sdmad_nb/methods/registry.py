@@ -88,6 +88,7 @@ def find_methods() -> dict:  # name -> Method; ValueError where two have one nam
     order = ("trivial", "frozen", "trained")
     return {method.name: method for method in sorted(found, key=lambda method: order.index(method.group))}
 
+# %% ../../nbs/methods/00_registry.ipynb #e0564a3e
 def find_method(name: str) -> Method:  # ValueError with the nearest name
     "Find a method by its name."
     methods = find_methods()

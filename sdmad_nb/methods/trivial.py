@@ -33,6 +33,7 @@ class NothingDetector(ConstantDetector):
     "Predict no finding."
     def learn(self, support): self.answer = torch.zeros_like(support.labels[0], dtype=torch.bool).to(self.clip.device)
 
+# %% ../../nbs/methods/01_trivial.ipynb #2e4b3a0c
 class OracleDetector(ConstantDetector):
     "Give every image the most frequent label set of the test set."
     def learn(self, support, test): super().learn(test)
