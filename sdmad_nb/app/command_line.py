@@ -76,6 +76,11 @@ def _check_place(what, path, folder=False):  # OSError where it could not be wri
     if not near.is_dir() or not os.access(near, os.W_OK):
         raise OSError(f"{what} {path} cannot be written: {near} is no folder, or not yours to write to")
 
+def _check_model(path):  # OSError
+    if not Path(path).resolve().parent.is_dir():
+        raise OSError(f"output {path}: its folder does not exist, make it first")
+    _check_place("output", path)
+
 def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
 
@@ -111,7 +116,7 @@ def _fit(
     precision: Annotated[str, Option(metavar="NAME", help="of the backbone: fp32, bf16, or auto, the faster")] = "auto",
 ):
     "Fit a model on a data-set folder and write it to a file."
-    _check_place("output", output)
+    _check_model(output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
     choices |= dict(epochs=epochs, lam=lam)
     with redirect_stdout(sys.stderr):
