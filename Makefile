@@ -62,10 +62,13 @@ fusion: $(STAMP)
 figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
 	$(BIN)/papermill nbs/run_beyond.ipynb
+	$(BIN)/papermill nbs/run_decisions.ipynb
 	mkdir -p nbs/figures
 	cp results/table2/table.md nbs/figures/table2.md
 	cp results/table2/demo-slice5.png nbs/figures/table2.png
 	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
+	cp results/decisions/table.md nbs/figures/decisions.md
+	cp results/decisions/decisions.png nbs/figures/decisions.png
 	cp results/table1/table.md nbs/figures/table1.md
 	cp results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
 	cp results/table3/table.md nbs/figures/table3.md
