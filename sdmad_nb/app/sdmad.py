@@ -175,8 +175,8 @@ def stream(
     clip, calibration = self.detector.clip, _decides(self, calibrated)
     (shown, rest), left_out = list_images(images, self.reader, skipped), [] if left_out is None else left_out
     left_out += [f"{name} is no image" for name in rest]
-    done, many, series, starts = (0, any(one.count > 1 for one in shown), any(one.series for one in shown),
-                            range(0, len(shown), batch_size))
+    many, series = any(one.count > 1 for one in shown), any(one.series for one in shown)
+    done, starts = 0, range(0, len(shown), batch_size)
     for start in tqdm(starts, desc="predict", unit="batch", disable=len(shown) <= batch_size):
         batch = [(one, picture) for one in shown[start:start + batch_size]
                  if (picture := _opened(one, self.reader, skipped, left_out))]
@@ -360,7 +360,7 @@ def load(
     pretrained, where = pretrained or config.pretrained, resolve_device(device)
     try: clip = load_clip(backbone or config.backbone, pretrained, config.image_size, where, config.precision)
     except ValueError as error: raise ValueError(f"model {path} cannot be used: {error}") from error
-    return cls(load_detector(path, clip), origin, calibration)
+    return cls(load_detector(path, clip, header), origin, calibration)
 
 # %% ../../nbs/app/01_sdmad.ipynb #6b15168c
 _FOREIGN = ("hf-hub:", "local-dir:")

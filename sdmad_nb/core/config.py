@@ -149,8 +149,9 @@ def write_atomically(
                               "choose another name or folder, or change its rights") from error
     try:
         writer(Path(name or target))
-        if name: os.chmod(name, 0o644)
-        if name: os.replace(name, target)
+        if name:
+            os.chmod(name, 0o644)
+            os.replace(name, target)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         raise OSError(f"cannot write {path} ({error.strerror}): free some space there, or choose another folder, and "
@@ -158,7 +159,6 @@ def write_atomically(
     finally:
         if name: Path(name).unlink(missing_ok=True)
     return path
-
 
 # %% ../../nbs/core/00_config.ipynb #b0b91dd6
 def _temporary(target):  # -> name of a new file beside it, "" where it is a device or a pipe; OSError

@@ -331,9 +331,10 @@ def load(
     path,  # from `save`
     clip: Clip,  # the one it was fitted on
     kind,  # the class that was saved, a subclass of `Detector`
+    header: dict = None,  # from `read_header`, where the file has been read already
 ) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector onto the CLIP it was fitted on."
-    header = read_header(path)
+    header = header or read_header(path)
     state = header["tensors"]
     if header["fingerprint"] != clip.fingerprint:
         raise ValueError(f"{path} was fitted on backbone {header['clip']!r} ({header['fingerprint']}), not on "

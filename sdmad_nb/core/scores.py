@@ -14,15 +14,20 @@ from .losses import check_images, check_signs, cosine_similarity
 def _sign_similarities(image_features, sign_features, sign_category, keep, anchor=None):
     # -> cosines, or with an anchor margins (B, kept), categories (kept,), C; ValueError where an argument does not fit
     categories = check_signs(sign_features, sign_category)
-    check_images(image_features, sign_features)
-    cosines = cosine_similarity(image_features, sign_features)  # (B, S)
-    if anchor is not None: cosines = sign_margins(image_features, sign_features, anchor)
-    if keep is None: return cosines, sign_category.long(), categories
+    if anchor is None: check_images(image_features, sign_features)
+    values = (cosine_similarity(image_features, sign_features) if anchor is None else
+              sign_margins(image_features, sign_features, anchor))  # (B, S)
+    if keep is None: return values, sign_category.long(), categories
     if not torch.is_tensor(keep) or keep.dtype != torch.bool or keep.shape != sign_category.shape:
         raise ValueError(f"keep must be a bool tensor with one entry for each of the {len(sign_category)} signs")
     lost = sorted(set(range(categories)) - set(sign_category[keep].tolist()))
     if lost: raise ValueError(f"keep leaves no sign for the categories {lost}: keep at least one of each")
-    return cosines[:, keep], sign_category[keep].long(), categories
+    return values[:, keep], sign_category[keep].long(), categories
+
+def _over_signs(how, *arguments):  # "amax" or "amin", arguments of `_sign_similarities` -> (B, C)
+    values, category, categories = _sign_similarities(*arguments)
+    start = values.new_full((len(values), categories), float("inf") if how == "amin" else -float("inf"))
+    return start.scatter_reduce(1, category.expand_as(values), values, how)
 
 # %% ../../nbs/core/06_0_scores.ipynb #8aa44bcd
 def category_scores(
@@ -32,9 +37,7 @@ def category_scores(
     keep=None,  # (S,) bool, from `select_signs`; None = all signs
 ) -> torch.Tensor:  # (B, C), in [-1, 1]; ValueError where an argument does not fit
     "Score each category by its most similar sign. Eq. (7)"
-    cosines, category, categories = _sign_similarities(image_features, sign_features, sign_category, keep)
-    lowest = cosines.new_full((len(cosines), categories), -float("inf"))
-    return lowest.scatter_reduce(1, category.expand_as(cosines), cosines, "amax")
+    return _over_signs("amax", image_features, sign_features, sign_category, keep)
 
 # %% ../../nbs/core/06_0_scores.ipynb #19a1dca6
 def predict_categories(
@@ -45,9 +48,7 @@ def predict_categories(
     keep=None,  # (S,) bool, from `select_signs`; None = all signs
 ) -> torch.Tensor:  # (B, C) bool; ValueError where an argument does not fit
     "Say yes to a category whose every sign is more similar to the image than the anchor is. Eq. (8)"
-    margins, category, categories = _sign_similarities(image_features, sign_features, sign_category, keep, anchor)
-    highest = margins.new_full((len(margins), categories), float("inf"))
-    lowest = highest.scatter_reduce(1, category.expand_as(margins), margins, "amin")  # (B, C)
+    lowest = _over_signs("amin", image_features, sign_features, sign_category, keep, anchor)  # (B, C)
     return lowest > 10 * torch.finfo(lowest.dtype).eps  # a smaller difference is rounding, and a tie is no yes
 
 def sign_margins(
@@ -69,9 +70,7 @@ def category_margins(
     keep=None,  # (S,) bool, from `select_signs`; None = all signs
 ) -> torch.Tensor:  # (B, C), in [-2, 2]; ValueError where an argument does not fit
     "Measure how much better a category's best sign fits than the anchor."
-    scores = category_scores(features, sign_features, sign_category, keep)
-    check_images(features, sign_features, anchor)
-    return scores - cosine_similarity(features, anchor)[:, None]
+    return _over_signs("amax", features, sign_features, sign_category, keep, anchor)
 
 # %% ../../nbs/core/06_0_scores.ipynb #c0fd075a
 def anomaly_score(

@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
 
-from ..core.clip import patches_of, pixel_maps, run_blocks
+from ..core.clip import patches_of, pixel_maps
 from ..core.config import resolve_layers, torch_generator
 from ..core.detector import Prediction, augmented, train
 from .coop import LearnedPrompts, random_context

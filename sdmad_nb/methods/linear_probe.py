@@ -11,6 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from ..core.clip import Features
+from ..core.decisions import shot_thresholds
 from ..core.detector import Prediction
 from .registry import Learner, Method
 
@@ -55,8 +56,7 @@ class ThresholdProbe(LinearProbe):
         self.bias -= _half_way(self.logits(support.features)[:, :-1], support.labels.bool().to(self.bias.device))
 
 def _half_way(scores, has):  # (K, C), (K, C) bool -> (C,), 0 where all shots have a finding, or none
-    positive, others = scores.masked_fill(~has, float("nan")).nanmean(0), scores.masked_fill(has, -float("inf")).amax(0)
-    return ((positive + others) / 2).nan_to_num(0, 0, 0)
+    return shot_thresholds(scores, has) * (has.any(0) & ~has.all(0))
 
 _GIVES = ("anomaly", "scores", "labels")
 METHODS = (Method("linear-probe", "Linear probe", LinearProbe, _GIVES, "frozen", ("table2", "table3")),

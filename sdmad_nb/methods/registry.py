@@ -101,9 +101,13 @@ def methods_of(table: str) -> list:  # names of methods, in the order of their r
     "List the methods of one table."
     return [name for name, method in find_methods().items() if table in method.tables]
 
-def load_detector(path, clip: Clip) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
+def load_detector(
+    path,  # from `save`
+    clip: Clip,  # the one it was fitted on
+    header: dict = None,  # from `read_header`, where the file has been read already
+) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector of any method."
-    name = read_header(path)["method"]
-    try: kind = find_method(name).detector
+    header = header or read_header(path)
+    try: kind = find_method(header["method"]).detector
     except ValueError as error: raise ValueError(f"{path} cannot be loaded: {error}") from error
-    return load(path, clip, kind)
+    return load(path, clip, kind, header)
