@@ -211,12 +211,16 @@ def train(
     return tuple(history)
 
 # %% ../../nbs/core/07_detector.ipynb #b8b808ce
-_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss,
-           "unmixed": unmixed_loss}  # Config.loss
+_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss}
 
 class AdaptedDetector(SignDetector):
     "Bend CLIP towards the signs with trained adapters: SD-MAD. Eq. (1)-(8)"
     trained = True
+
+    def loss(self, images, sign_features, anchor, labels):  # (B, D), (S, D), (D,), (B, C) -> scalar
+        config, given = self.config, (images, sign_features, self.category, anchor, labels)
+        if config.loss == "unmixed": return unmixed_loss(*given, config.ridge)
+        return _LOSSES[config.loss](*given, config.sign_reduction, config.other_signs)
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
@@ -224,12 +228,10 @@ class AdaptedDetector(SignDetector):
         detector, shots = cls(clip, signs, config), augmented(support, config.augment)
         adapters, bank = detector.adapters, encode_prompts(clip, signs)
         tokens, labels = shots.features.tokens(adapters.first), shots.labels.to(clip.device)
-        options = dict(reduction=config.sign_reduction, other_signs=config.other_signs)
-        if config.loss == "unmixed": options = dict(ridge=config.ridge)
         def loss_of(rows):
             images = image_features(clip, tokens[rows], adapters.first, adapters.image)
             sign_features, anchor = text_features(clip, bank, adapters.text)
-            return _LOSSES[config.loss](images, sign_features, bank.sign_category, anchor, labels[rows], **options)
+            return detector.loss(images, sign_features, anchor, labels[rows])
         detector.history = train(loss_of, adapters.parameters(), len(shots), config)
         return detector.read_signs().read_shots(support)
 
