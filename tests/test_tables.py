@@ -185,7 +185,7 @@ def test_half_precision_agrees(name, tmp_path):
 
 
 def test_data_without_masks_is_refused_or_measured_by_images_alone(plain, tmp_path):
-    benchmark = open_benchmark(Config(shots=2, epochs=1, batch_size=4), str(plain), findings=0)
+    benchmark = open_benchmark(Config(backbone="demo", shots=2, epochs=1, batch_size=4), str(plain), findings=0)
     arguments = "table1", "Table 1", [replace(benchmark, protocols=("image", "pixels"))], [0], str(tmp_path)
     with pytest.raises(ValueError, match="plain has no mask .* set pixels to False"): open_experiment(*arguments)
     [record] = run_all([replace(benchmark, protocols=("image",))], ["mvfa"], [0], tmp_path / "runs")
@@ -199,10 +199,10 @@ def test_one_finding_is_sent_to_table1_and_one_kind_of_image_is_refused(plain, t
     with pytest.raises(ValueError, match="has one finding, .*run_table1"):
         open_benchmark(Config(), str(folder), signs="fastmri_plus", findings=2)
     table[table[names].any(axis=1)].to_csv(folder / "labels.csv", index=False)
-    benchmark = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=0)
+    benchmark = open_benchmark(Config(backbone="demo", normal_shots=0), str(folder), signs="fastmri_plus", findings=0)
     with pytest.raises(ValueError, match="all .* are abnormal"):
         open_experiment("t", "T", [replace(benchmark, protocols=("image",))], [0], str(tmp_path))
-    tables = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=2)
+    tables = open_benchmark(Config(backbone="demo", normal_shots=0), str(folder), signs="fastmri_plus", findings=2)
     [record] = run_all([tables], ["clip"], [0], tmp_path / "runs")
     assert "decisions" in record["metrics"] and "image" not in record["metrics"], "Table 2 does without normal images"
 
@@ -213,7 +213,7 @@ def test_the_papers_numbers_stand_beside_the_bmad_set_of_that_name(plain, tmp_pa
     names = [name for name in table if name not in ("image", "patient", "split")]
     one = table[["image", "patient"]].assign(**{"Brain tumour": table[names].max(axis=1)})
     one.to_csv(folder / "labels.csv", index=False)
-    benchmark = replace(open_benchmark(Config(), str(folder), signs="bmad_brain", findings=0), protocols=("image",))
+    benchmark = replace(open_benchmark(Config(backbone="demo"), str(folder), signs="bmad_brain", findings=0), protocols=("image",))
     experiment = open_experiment("t", "T", [benchmark], [0], str(tmp_path), paper="BrainMRI")
     long = pd.DataFrame([{"method": "fusion", "metric": "image/auroc", "value": 0.5}])
     assert printed_table(experiment, 1, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
@@ -224,7 +224,8 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
     "Real labels and pixels; one step of training, because this tests the way and not the score."
     if not (REAL / name / "labels.csv").is_file(): pytest.skip(f"{REAL / name} is not there: set SDMAD_REAL_DATA")
     monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
-    config = Config(epochs=1, split_level="image" if name == "openms_flair" else "patient")
+    level = "image" if name == "openms_flair" else "patient"
+    config = Config(backbone="demo", epochs=1, split_level=level)
     benchmark = open_benchmark(config, str(REAL / name))
     for record in run_all([benchmark], ["nothing", "sd-mad"], [0], tmp_path / "results"):
         metrics, tested = record["metrics"], len(record["split"]["test"])
@@ -236,7 +237,7 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (REAL / "openms_flair").is_dir(), reason="the real FLAIR images are not here")
 def test_real_masks_one_patient_held_out_at_a_time(tmp_path):
-    opened = open_benchmark(Config(shots=2), str(REAL / "openms_flair"), findings=0)
+    opened = open_benchmark(Config(backbone="demo", shots=2), str(REAL / "openms_flair"), findings=0)
     benchmarks = each_patient(replace(opened, protocols=("image", "pixels"), draws=10))
     records = run_all(benchmarks, ["brightness", "memory-bank"], [0], tmp_path)
     for record in records:

@@ -42,7 +42,7 @@ def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tool")
     dataset, _ = open_data("demo", 5, small=True)
     done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5",
-               "--sensitivity", "0.8")
+               "--sensitivity", "0.8", "--backbone", "demo")
     assert done.returncode == 0, done.stderr
     assert "learned Craniotomy" in done.stderr and done.stdout == ""
     return dataset, folder / "mine.safetensors"
@@ -67,7 +67,8 @@ def test_predict_writes_a_table_to_a_file_or_to_standard_output(fitted, tmp_path
 def test_other_methods_are_fitted_used_and_tested_by_the_same_commands(fitted, tmp_path, method, decides):
     dataset, _ = fitted
     model = tmp_path / "other.safetensors"
-    done = sdmad("fit", dataset.folder, "--shots", "2", "--method", method, "-o", model, "--epochs", "5")
+    done = sdmad("fit", dataset.folder, "--shots", "2", "--method", method, "-o", model, "--epochs", "5",
+                 "--backbone", "demo")
     assert done.returncode == 0 and done.stdout == "", done.stderr
     done = sdmad("predict", model, *dataset.paths[:3])
     assert done.returncode == 0, done.stderr
@@ -210,7 +211,7 @@ def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
     candidates = {name: [f"a dark {name} shape", "a bright rim", "a grey veil"] for name in answer}
     signs = {name: texts[:2] for name, texts in candidates.items()}
     file.write_text(json.dumps({**values, "candidates": candidates, "signs": signs}))
-    done = sdmad("signs", "check", tmp_path, "-o", tmp_path / "signs.png")
+    done = sdmad("signs", "check", tmp_path, "-o", tmp_path / "signs.png", "--backbone", "demo")
     assert done.returncode == 0 and Image.open(tmp_path / "signs.png").size > (500, 300), done.stderr
     assert "never seen: Mass, left" in done.stdout and "an abnormal photo of the [chest] [X-ray] with" in done.stdout
     assert done.stdout.count("  1.00 to ") == 2 and "2 would be dropped" in done.stdout  # the rim, of both

@@ -60,10 +60,10 @@ _Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, whe
 _Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
 _Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "
                                                     "where it is left out")]
-_Backbone = Annotated[str, Option(metavar="NAME", help="the CLIP model: demo, which has only seen synthetic heads, or "
-                                                       "a name that open_clip knows, such as ViT-L-14-quickgelu")]
+_Backbone = Annotated[str, Option(metavar="NAME", help="the CLIP model: a packaged one (small; for the demo's images "
+                                                       "demo), or one of open_clip's, such as ViT-L-14-quickgelu")]
 _Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights: a file, or a name that open_clip "
-                                                         "knows, such as openai; demo has its own")]
+                                                         "knows, such as openai; a packaged one has its own")]
 _ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
 
 # %% ../../nbs/app/02_command_line.ipynb #3aa1708d
@@ -101,12 +101,13 @@ def _fit(
     data: Annotated[str, Argument(metavar="FOLDER", help="a data-set folder (sdmad prepare makes one), or demo")],
     output: Annotated[str, Option("--output", "-o", metavar="FILE", help="the model, such as mine.safetensors")],
     shots: Annotated[int, Option(metavar="NUMBER", help="images of each finding; all where left out")] = None,
-    method: Annotated[str, Option(metavar="NAME", help="one that sdmad methods lists")] = "sd-mad",
+    method: Annotated[str, Option(metavar="NAME", help="one that sdmad methods lists; the paper's own is "
+                                                        "sd-mad")] = "sd-mad-unmixed",
     seed: Annotated[int, Option(metavar="NUMBER", help="another one makes other random choices")] = 0,
     signs: _Signs = "",
     sensitivity: Annotated[float, Option(metavar="SHARE", help="also set a threshold that finds this share of the "
                                                                "findings, such as 0.9 (predict --calibrated)")] = None,
-    backbone: _Backbone = "demo",
+    backbone: _Backbone = "auto",
     pretrained: _Pretrained = "",
     image_size: _ImageSize = 0,
     epochs: Annotated[int, Option(metavar="NUMBER", help="how often training sees each image [default: 50]")] = None,
@@ -212,7 +213,7 @@ def _demo(
     from sdmad_nb.data.phantom import make_demo
     folder = make_demo(slice, folder=output or None)
     print(f"{folder}: 330 synthetic brain slices with up to five findings each. Go on with\n"
-          f"  sdmad fit {folder} --shots 1 -o demo.safetensors\n"
+          f"  sdmad fit {folder} --shots 1 --backbone demo -o demo.safetensors\n"
           f"  sdmad predict demo.safetensors {folder}/images -o demo.csv\n"
           f"  sdmad evaluate demo.safetensors {folder}", file=sys.stderr)
 
@@ -261,7 +262,7 @@ def _check(
     folder: _Folder,
     output: Annotated[str, Option("--output", "-o", metavar="FILE", help="also draw how alike signs are")] = "",
     signs: _Signs = "",
-    backbone: _Backbone = "demo",
+    backbone: _Backbone = "small",
     pretrained: _Pretrained = "",
     image_size: _ImageSize = 0,
 ):

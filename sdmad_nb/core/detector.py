@@ -24,7 +24,7 @@ from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
 from .config import Config, config_to_dict, torch_generator, write_atomically
-from .decisions import shot_thresholds, unmixed_loss, unmixed_weights
+from .decisions import shot_thresholds, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
 from .selection import select_signs
@@ -218,9 +218,8 @@ class AdaptedDetector(SignDetector):
     trained = True
 
     def loss(self, images, sign_features, anchor, labels):  # (B, D), (S, D), (D,), (B, C) -> scalar
-        config, given = self.config, (images, sign_features, self.category, anchor, labels)
-        if config.loss == "unmixed": return unmixed_loss(*given, config.ridge)
-        return _LOSSES[config.loss](*given, config.sign_reduction, config.other_signs)
+        kind, choices = self.config.loss, (self.config.sign_reduction, self.config.other_signs)
+        return _LOSSES[kind](images, sign_features, self.category, anchor, labels, *choices)
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):

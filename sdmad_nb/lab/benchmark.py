@@ -20,7 +20,7 @@ from ..core.clip import Clip
 from ..core.config import Config, config_to_dict, resolve_device, resolve_layers
 from ..core.detector import predict
 from ..core.signs import SignSet, restrict
-from ..data.backbones import check_clip, load_clip, resolve_precision
+from ..data.backbones import load_clip, resolve_backbone
 from ..data.cache import Cache, cache_folder
 from ..data.folder import DataError, DataSet, dataset_fingerprint
 from ..data.open_data import open_data
@@ -60,8 +60,7 @@ def open_benchmark(
 ) -> Benchmark:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything and load what all methods share."
     where = resolve_device(device)
-    config = replace(config, precision=resolve_precision(config.precision, where, config.backbone))
-    check_clip(config.backbone, config.pretrained, config.image_size)
+    config = resolve_backbone(config, where, data == "demo")
     dataset, sign_set = open_data(data, slice, signs, small, draw)
     if not findings: dataset, sign_set = join_findings(dataset, restrict(sign_set, dataset.categories))
     if len(dataset.categories) < findings:
