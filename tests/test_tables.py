@@ -1,6 +1,7 @@
 "Tables from end to end: what a command leaves, what is read again, what is survived, what is refused, and real images."
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -111,37 +112,68 @@ def test_wrong_choices_are_refused_before_work_starts(change, says, tmp_path, mo
 
 WORK = """
 import sys
+from contextlib import ExitStack
+from joblib import parallel_config
 from sdmad_nb.core.config import Config
 from sdmad_nb.lab.benchmark import open_benchmark, run_all
-benchmark = open_benchmark(Config(epochs=3), small=True)
-print("ready", flush=True)
-run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], sys.argv[1])
+if __name__ == "__main__":
+    benchmark, folder, jobs = open_benchmark(Config(epochs=3), small=True), sys.argv[1], int(sys.argv[2])
+    with ExitStack() as cluster:
+        if "dask" in sys.argv:
+            from distributed import Client, LocalCluster
+            there = cluster.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+            cluster.enter_context(Client(there)), cluster.enter_context(parallel_config("dask"))
+        print("ready", flush=True)
+        run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], folder, jobs)
 """
-
-
 RECORDS = "[!.]*.json"  # a process that is killed while it writes leaves .tmp-*.json, which is no record
 
 
-def test_killed_again_and_again_the_records_are_the_same(tmp_path):
-    "SIGKILL at different moments: no half record, and in the end the numbers of an undisturbed run."
-    work = [sys.executable, "-c", WORK]
-    done = subprocess.run([*work, tmp_path / "calm"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for wait in (0.05, 1.5):
-        process = subprocess.Popen([*work, tmp_path / "killed"], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout.readline() == "ready\n"
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    "Write a script of nine runs; one thread in each process, so that numbers can be compared to the last digit."
+    script, alone = tmp_path_factory.mktemp("work") / "work.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    script.write_text(WORK)
+    return lambda folder, *words: subprocess.Popen([sys.executable, script, folder, *words], cwd=ROOT, env=alone, text=True,
+                                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def calm(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calm")
+    assert work(folder, "1").wait() == 0
+    return folder
+
+
+def made(folder):  # {name: what a record says, but for the time and memory that it took}
+    "Read the records of nine runs, each of which was made once."
+    logged = [line.split()[-1] for line in (folder / "runs.log").read_text(encoding="utf-8").splitlines()]
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(RECORDS)}
+    assert len(logged) == 9 and {*logged} == found.keys()
+    taken = ("seconds", "peak_memory_mb", "sha256")
+    return {name: {key: value for key, value in one.items() if key not in taken} for name, one in found.items()}
+
+
+def test_processes_share_the_runs_and_a_killed_one_keeps_nobody_waiting(work, calm, tmp_path):
+    "Three at once; SIGKILL for two of them at different moments. No half record, no run made twice, the same numbers."
+    processes = [work(tmp_path, "1") for _ in range(3)]
+    assert all(process.stdout.readline() == "ready\n" for process in processes)
+    for process, wait in zip(processes, (0.3, 1)):
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        early = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob(RECORDS)}
-        for text in early.values(): json.loads(text)
-    assert subprocess.run([*work, tmp_path / "killed"], cwd=ROOT, capture_output=True).returncode == 0
-    calm, killed = ({path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / name).glob(RECORDS)}
-                    for name in ("calm", "killed"))
-    assert calm.keys() == killed.keys() and len(calm) == 9
-    assert all(calm[name]["metrics"] == killed[name]["metrics"] for name in calm)
-    assert all((tmp_path / "killed" / name).read_bytes() == text for name, text in early.items())
+    early = {path: path.read_bytes() for path in tmp_path.glob(RECORDS)}
+    for text in early.values(): json.loads(text)
+    assert processes[2].wait(120) == 0 and made(tmp_path) == made(calm)
+    assert all(path.read_bytes() == text for path, text in early.items())
+    assert work(tmp_path, "1").wait() == 0 and len(made(tmp_path)) == 9, "a second time they are read"
+
+
+@pytest.mark.parametrize("words", [("2",), ("2", "dask")], ids=["joblib", "dask"])
+def test_runs_on_two_workers_are_the_same(work, calm, tmp_path, words):
+    if "dask" in words: pytest.importorskip("distributed", reason="dask.distributed is not here: pip install -e .[wide]")
+    assert work(tmp_path, *words).wait() == 0
+    assert made(tmp_path) == made(calm)
 
 
 def test_a_split_file_of_the_user_is_used_for_every_seed(tmp_path):
