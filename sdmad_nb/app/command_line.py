@@ -11,11 +11,16 @@ import re
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
+from dataclasses import is_dataclass
 from functools import partial, wraps
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
-from typer import Argument, Context, Exit, Option, Typer
+from fastcore.docments import docments
+from typer import Argument, Exit, Option, Typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf867
 app = Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
@@ -29,12 +34,12 @@ def _about():
     On images of your own: prepare, signs new, fit, predict, evaluate. The command demo makes images to try them on.
     """
 
-def _command(function, app=app):  # one of its commands
-    @app.command(function.__name__.strip("_"))
+def _command(function, app=app, stopped="nothing was half-written", **options):  # one of its commands
+    @app.command(**{"name": function.__name__.strip("_"), **options})
     @wraps(function)
     def run(*args, **options):
         try: return function(*args, **options)
-        except KeyboardInterrupt: code, said = 130, "stopped: nothing was half-written"
+        except KeyboardInterrupt: code, said = 130, f"stopped: {stopped}"
         except BrokenPipeError: code, said = 0, ""  # the reader of standard output, such as head, has had enough
         except (ValueError, OSError, ImportError) as error: code, said = 1, f"error: {error}"
         if said: print(said, file=sys.stderr)
@@ -67,33 +72,15 @@ _Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights
 _ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
 
 # %% ../../nbs/app/02_command_line.ipynb #3aa1708d
-def _check_place(what, path, folder=False):  # OSError where it could not be written later; "" is fine
-    place = Path(os.path.realpath(path))
-    if not path or place.is_char_device() or place.is_fifo(): return
-    if place.exists() and place.is_dir() != folder:
-        raise OSError(f"{what} {path} is {'no' if folder else 'a'} folder: choose another name")
-    near = next(one for one in (*[place] * folder, *place.parents) if one.exists())
-    if not near.is_dir() or not os.access(near, os.W_OK):
-        raise OSError(f"{what} {path} cannot be written: {near} is no folder, or not yours to write to")
+def _check_place(*place, **options):
+    from sdmad_nb.data.writer import check_place
+    check_place(*place, **options)
 
-def _check_model(path):  # OSError
-    if not Path(path).resolve().parent.is_dir():
-        raise OSError(f"output {path}: its folder does not exist, make it first")
-    _check_place("output", path)
-
-def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
-
-def _write_csv(tables, target):  # file name, or an open file
-    from sdmad_nb.core.config import write_atomically
-    def write(file):
-        for number, table in enumerate(tables):
-            texts = {name: table[name].map(_harmless) for name in table if table[name].dtype.kind not in "biuf"}
-            table.assign(**texts).rename(columns=_harmless).to_csv(file, index=False, header=number == 0)
-    def write_file(path):
-        with path.open("w", encoding="utf-8", newline="") as file: write(file)
-    if isinstance(target, str): write_atomically(target, write_file)
-    else: write(target)
+def _write_csv(tables, target):  # texts that a spreadsheet would take for formulas stand behind an apostrophe
+    from sdmad_nb.data.writer import write_csv
+    shown = lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+    texts = lambda table: {name: table[name].map(shown) for name in table if table[name].dtype.kind not in "biuf"}
+    write_csv(target, (table.assign(**texts(table)).rename(columns=shown) for table in tables))
 
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf868
 @_command
@@ -116,7 +103,9 @@ def _fit(
     precision: Annotated[str, Option(metavar="NAME", help="of the backbone: fp32, bf16, or auto, the faster")] = "auto",
 ):
     "Fit a model on a data-set folder and write it to a file."
-    _check_model(output)
+    if not Path(output).resolve().parent.is_dir():
+        raise OSError(f"output {output}: its folder does not exist, make it first")
+    _check_place("output", output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
     choices |= dict(epochs=epochs, lam=lam)
     with redirect_stdout(sys.stderr):
@@ -227,12 +216,45 @@ def _methods():
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows: print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
 
-@app.command("prepare", add_help_option=False,
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _prepare(context: Context):
-    "Make a data-set folder from your images or a public set."
-    from sdmad_nb.data.prepare import prepare
-    raise Exit(prepare(context.args))
+# %% ../../nbs/app/02_command_line.ipynb #2d3f6dff
+def _parameters(function):  # one for each argument, or for each of its fields where it is a dataclass
+    for name, about in docments(function, full=True, returns=False).items():
+        default, kind, mark = about.default, str, Argument(help=about.docment, metavar=name.upper())
+        if is_dataclass(about.anno): yield from _parameters(about.anno)
+        else:
+            if default is not Parameter.empty: mark = Option(f"--{name.replace('_', '-')}", help=about.docment)
+            if isinstance(default, tuple): default, kind = [*default], list[get_args(about.anno)]
+            elif default is not Parameter.empty: kind = type(default)
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, mark])
+
+def _gathered(function, given):  # {option: value} -> {argument: value}
+    return {name: about.anno(**_gathered(about.anno, given)) if is_dataclass(about.anno)
+            else tuple(given[name]) if isinstance(about.default, tuple) else given[name]
+            for name, about in docments(function, full=True, returns=False).items()}
+
+class _Several(TyperCommand):
+    def parse_args(self, context, words):
+        several, known, option = [], {name for one in self.params if one.multiple for name in one.opts}, ""
+        for word in words:
+            if word.startswith("--"): option = word if word in known else ""
+            elif option and several[-1] != option: several.append(option)
+            several.append(word)
+        return super().parse_args(context, several)
+
+# %% ../../nbs/app/02_command_line.ipynb #fbd5e6d5
+class _Prepare(TyperGroup):
+    def parse_args(self, context, words):
+        from sdmad_nb.data.prepare import COMMANDS
+        group = Typer(rich_markup_mode=None)
+        for name, function in COMMANDS.items():
+            def run(function=function, **given): function(**_gathered(function, given))
+            run.__signature__, run.__doc__ = Signature([*_parameters(function)]), function.__doc__
+            _command(run, group, "the same command goes on from here", name=name, cls=_Several)
+        self.commands = get_command(group).commands
+        return super().parse_args(context, words)
+
+app.add_typer(Typer(no_args_is_help=True, help="Make a data-set folder from your images or a public set. data_links.md "
+                    "says where public sets are and what has to be signed."), name="prepare", cls=_Prepare)
 
 # %% ../../nbs/app/02_command_line.ipynb #0f165f55
 _group = Typer(no_args_is_help=True, help="Start a sign file, and see what a backbone makes of it.")

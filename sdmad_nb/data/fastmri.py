@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from ..core.signs import preset_path, read_signs
+from .folder import in_threads, read_table
 from .images import DataError, reading, to_8bit
-from .writer import Preparation, Row, counts, digest, in_threads, read_table
+from .writer import Preparation, Row, counts, digest
 
 # %% ../../nbs/data/05_fastmri.ipynb #5b331a6c
 _BOX = ("x", "y", "width", "height")

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from ..core.signs import SignError, preset_names, preset_path, read_signs
-from .folder import RESERVED, read_dataset
+from .folder import read_dataset, read_findings
 from .images import DataError
 from .phantom import SLICES, demo_folder, make_demo
 
@@ -19,13 +19,12 @@ from .phantom import SLICES, demo_folder, make_demo
 def signs_file(
     folder,  # of the data set
     signs: str = "",  # name of a preset, or a file; empty looks in the folder
-) -> Path:  # SignError where there is none
+) -> Path:  # SignError where there is none, DataError for labels without a header
     "Find the signs for a data set."
     own, labels = Path(folder) / "signs.json", Path(folder) / "labels.csv"
     if signs: return preset_path(signs)
     if own.is_file(): return own
-    header = labels.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0] if labels.is_file() else ""
-    categories = {name.strip() for name in header.split(",")} - set(RESERVED)
+    categories = set(read_findings(folder)) if labels.is_file() else ()
     for name in preset_names():
         if set(read_signs(preset_path(name)).categories) == categories: return preset_path(name)
     raise SignError(f"{folder} has no signs.json: 'sdmad signs new' makes one, or set signs to a file or "

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.signs import preset_path, read_signs
-from .folder import DataSet, dataset_fingerprint
+from .folder import DataSet, dataset_fingerprint, read_table
 from .images import DataError, ImageReader, Pixels, find_images, reading
 from .splits import Split
-from .writer import Preparation, Row, digest, read_table
+from .writer import Preparation, Row, digest
 
 # %% ../../nbs/data/06_public_sets.ipynb #3b7aea00
 class _Benchmark(NamedTuple):
