@@ -134,13 +134,13 @@ def draw_signs(
     cosine = cosine_similarity(detector.sign_features, detector.sign_features).cpu().numpy()  # (S, S)
     sns.heatmap(cosine, mask=np.eye(count, dtype=bool), vmax=1, cmap="viridis", square=True, ax=ax,
                 xticklabels=range(1, count + 1), cbar_kws={"label": "cosine of two signs", "shrink": 0.6},
-                yticklabels=[f"{text}  {'' if keep else '× '}{number}"
+                yticklabels=[f"{text}  {'' if keep else '× '}{number}".replace("$", r"\$")
                              for number, (text, keep) in enumerate(zip(signs.texts, detector.keep.tolist()), 1)])
     end = 0
     for name, group in signs.signs.items():
         start, end = end, end + len(group)
         ax.add_patch(Rectangle((start, start), len(group), len(group), fill=False, edgecolor="crimson", linewidth=2))
-        ax.text((start + end) / 2, -0.3, name, rotation=30, ha="left", va="bottom", fontsize=9)
+        ax.text((start + end) / 2, -0.3, name, rotation=30, ha="left", va="bottom", fontsize=9, parse_math=False)
     ax.set(facecolor="0.85", xlabel="sign", ylabel="")
     ax.tick_params(labelsize=9, rotation=0, length=0)
     return ax

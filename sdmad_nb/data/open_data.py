@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.signs import SignError, preset_names, preset_path, read_signs
 from .folder import read_dataset, read_findings
 from .images import DataError
-from .phantom import SLICES, demo_folder, make_demo
+from .phantom import demo_folder, make_demo
 
 # %% ../../nbs/data/03_0_open_data.ipynb #1f127720
 def signs_file(
@@ -46,12 +46,9 @@ def open_data(
     signs: str = "",  # see `signs_file`
     small: bool = False,  # a demo of 30 images, for a quick look
     draw: int = 0,  # of the demo: which independent data set
-) -> tuple:  # DataSet and SignSet; DataError or SignError naming every fault
+) -> tuple:  # DataSet and SignSet; DataError or SignError naming every fault, ValueError for a slice
     "Open a data set and its signs."
     if data == "demo":
-        if slice not in SLICES:
-            raise DataError(f"slice is {slice!r}: the demo has slices {list(SLICES)}; "
-                            "for your own images set data to their folder")
         if signs: preset_path(signs)  # refuse a wrong name before images are made
         whole = demo_folder(slice, draw)
         few = dict(folder=whole.with_name(whole.name.replace("demo-", "demo-small-")), images=24, normals=6)

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from ..core.config import numpy_generator
 from .cache import cache_folder
+from .folder import BOX_COLUMNS
+from .writer import Row, rows_table, write_csv
 
 # %% ../../nbs/data/02_phantom.ipynb #f1d3e96c
 CATEGORIES = ("Craniotomy", "Posttreatment change", "Nonspecific lesion", "Dural thickening", "Enlarged ventricles",
@@ -268,7 +270,8 @@ def combinations() -> dict:  # slice -> list of (findings, images)
 # %% ../../nbs/data/02_phantom.ipynb #03246a5b
 def _scaled_combinations(slice_number, images):  # -> list of (findings, images), which sum to `images`
     if slice_number not in SLICES:
-        raise ValueError(f"slice is {slice_number!r}: the demo has slices {list(SLICES)}")
+        raise ValueError(f"slice is {slice_number!r}: the demo has slices {list(SLICES)}; "
+                         "for your own images set data to their folder")
     findings, counts = zip(*combinations()[slice_number])
     exact = np.array(counts) * images / sum(counts)
     whole = np.floor(exact).astype(int)
@@ -316,12 +319,10 @@ def _write_demo(folder, rows, seed, jobs):
     written = tqdm(written, f"demo images, slice {seed[0]}", len(rows), unit="image")
     boxes = [box for boxes in written for box in boxes]
     present = [name for name in CATEGORIES if any(name in row["findings"] for row in rows)]
-    labels = [{"image": f"images/{row['name']}.png", "patient": row["patient"],
-               **{name: int(name in row["findings"]) for name in present},
-               "mask": f"masks/{row['name']}.png" if row["findings"] else ""} for row in rows]
-    boxes = pd.DataFrame(boxes, columns=["image", "category", "x", "y", "width", "height"])
-    for name, table in (("boxes", boxes), ("labels", pd.DataFrame(labels))):
-        table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    images = [Row(f"images/{row['name']}.png", row["patient"], row["findings"],
+                  mask=f"masks/{row['name']}.png" * bool(row["findings"])) for row in rows]
+    write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
+    write_csv(folder / "labels.csv", [rows_table(images, present)])
     (folder / "signs.json").write_bytes((_ASSETS / "signs" / "fastmri_plus.json").read_bytes())
 
 # %% ../../nbs/data/02_phantom.ipynb #8f6940e6

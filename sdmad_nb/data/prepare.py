@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,7 +123,6 @@ def _rules(layout):  # -> {column: (pattern, remedy)}
                 layout.category_columns}}
     return {column: rule for column, rule in rules.items() if column}
 
-# %% ../../nbs/data/07_prepare.ipynb #870f8c72
 def _table_entries(labels, layout):  # -> entries; DataError with all faults
     if bool(layout.category_columns) == bool(layout.finding_column):
         raise DataError("labels: name either --category-columns, one column for each finding, or one --finding-column")
@@ -158,10 +156,6 @@ def _named_as_on_disk(images, entries, loose):  # entries with the names of file
     raise DataError(f"{len(lost)} of {len(entries)} names are not among the images, such as {first.place}: "
                     f"{first.source}; the nearest file is {nearest[0]}: correct the names, or accept such with "
                     "--loose-names")
-
-def _labelled_entries(images, labels, layout):  # by a table or by sub-folders -> entries; DataError
-    if not labels: return _folder_entries(images, layout)
-    return _named_as_on_disk(images, _table_entries(labels, layout), layout.loose_names)
 
 # %% ../../nbs/data/07_prepare.ipynb #d3ceb39b
 def _entry_fault(entry, infos):  # entry, {path: `inspect` of the file} -> a sentence or ""
@@ -202,11 +196,14 @@ def _look(images, entries, reader, skip_broken):  # -> sound entries in the orde
 # %% ../../nbs/data/07_prepare.ipynb #cb14889e
 def _pseudonym(text, salt): return hmac.new(salt.encode(), text.encode(), hashlib.sha256).hexdigest()[:16]
 
+def _hidden(names, salt, text):  # a sentence -> the same, with pseudonyms for names where there is a salt
+    for name in names if salt else (): text = text.replace(name, _pseudonym(name, salt))
+    return text
+
 def _owner(entry, info, patient):  # patient: regular expression -> what names the patient, in clear
     found = re.search(patient, entry.source) if patient else None
     return entry.patient or (found and found[1]) or info.patient or entry.source
 
-# %% ../../nbs/data/07_prepare.ipynb #f40a464b
 def _rows(images, entry, info, owner, reader, salt, wanted=()):  # the images that one entry becomes
     kept = reader.stored_name(entry.source) if info.kind == "picture" else entry.source + ".png"
     name = re.sub(r"(\.nii)?(\.gz)?\.png$", ".png", kept)
@@ -272,7 +269,8 @@ def own_folder(
 ) -> Path:  # the folder; DataError or SignError with all faults
     "Prepare images of your own: PNG, JPEG, TIFF, DICOM, NIfTI, labelled by sub-folders or by a table."
     images, reader = Path(images), ImageReader(pixels)
-    entries = _labelled_entries(images, labels, layout)
+    if not labels: entries = _folder_entries(images, layout)
+    else: entries = _named_as_on_disk(images, _table_entries(labels, layout), layout.loose_names)
     categories = list(layout.category_columns) or sorted({name for entry in entries for name in entry.findings})
     sound, infos, broken = _look(images, entries, reader, skip_broken)
     phrases = read_signs(preset_path(signs)) if signs else None
@@ -280,22 +278,15 @@ def own_folder(
     folder = Preparation(out, images, "own-folder", {
         "categories": categories, "patient": patient, "pixels": asdict(pixels), "signs": digest(phrases),
         "labels": digest(layout.slices, *map(tuple, entries)), "salt": salt and _pseudonym("salt", salt)})
-    salt = _salt(folder, salt, [infos[entry.source].kind for entry in sound])
+    scans = any(infos[entry.source].kind == "dicom" for entry in sound)
+    salt = (salt or folder.secret(secrets.token_hex(16))) if scans else ""
     owners = [_owner(entry, infos[entry.source], patient) for entry in sound]
-    plans = (_rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)
-             for entry, owner in zip(sound, owners))
+    rows = [row for entry, owner in zip(sound, owners)
+            for row in _rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)]
     for note in _notes(sound, infos, owners, categories, rest := _unused(images, entries)): print(note)
     left_out = {"files that are not used": rest, "files that cannot be opened": broken}
     hide = partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt)
-    return folder.write(list(chain(*plans)), categories, phrases, left_out, skip_broken, True, hide)
-
-# %% ../../nbs/data/07_prepare.ipynb #7cf0b448
-def _salt(folder, salt, kinds):  # "" where there is no DICOM
-    return (salt or folder.secret(secrets.token_hex(16))) if "dicom" in kinds else ""
-
-def _hidden(names, salt, text):  # a sentence -> the same, with pseudonyms for names where there is a salt
-    for name in names if salt else (): text = text.replace(name, _pseudonym(name, salt))
-    return text
+    return folder.write(rows, categories, phrases, left_out, skip_broken, True, hide)
 
 # %% ../../nbs/data/07_prepare.ipynb #4d20b4bf
 def check_folder(
@@ -309,6 +300,5 @@ def check_folder(
         print("note: there is no signs.json yet: 'sdmad signs new' writes one to fill in")
     return table
 
-# %% ../../nbs/data/07_prepare.ipynb #af18be4d
 COMMANDS = {"fastmri-plus": fastmri_plus, "bmad": bmad, "chestxray14": chestxray14, "oct2017": oct2017,
             "own-folder": own_folder, "validate": check_folder}

@@ -11,7 +11,6 @@ from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ..core.signs import preset_path, read_signs
 from .folder import DataSet, dataset_fingerprint, read_table
@@ -20,21 +19,15 @@ from .splits import Split
 from .writer import Preparation, Row, digest
 
 # %% ../../nbs/data/06_public_sets.ipynb #3b7aea00
-class _Benchmark(NamedTuple):
-    category: str
-    preset: str  # of signs
-    patient: str  # regular expression with one group, on the file's stem; "" = no patient in the name
-
-BMAD = {
-    "brain": _Benchmark("Brain tumour", "bmad_brain", r"^(\w+?)_\d+$"),
-    "liver": _Benchmark("Liver tumour", "bmad_liver", r"^(\w+?)_\d+$"),
-    "resc": _Benchmark("Retinal oedema", "bmad_resc", r"^(\w+?)_\d+$"),
-    "oct2017": _Benchmark("Retinal disease", "bmad_oct17", r"^[A-Za-z]+-(\d+)-\d+$"),
-    "chest": _Benchmark("Chest abnormality", "bmad_chest", ""),
-    "histopathology": _Benchmark("Metastasis", "bmad_histology", ""),
+BMAD = {  # the finding, the preset of its signs, and where the stem of a file's name holds the patient; "" = nowhere
+    "brain": ("Brain tumour", "bmad_brain", r"^(\w+?)_\d+$"),
+    "liver": ("Liver tumour", "bmad_liver", r"^(\w+?)_\d+$"),
+    "resc": ("Retinal oedema", "bmad_resc", r"^(\w+?)_\d+$"),
+    "oct2017": ("Retinal disease", "bmad_oct17", r"^[A-Za-z]+-(\d+)-\d+$"),
+    "chest": ("Chest abnormality", "bmad_chest", ""),
+    "histopathology": ("Metastasis", "bmad_histology", ""),
 }
 
-# %% ../../nbs/data/06_public_sets.ipynb #6a67ef97
 _PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 
 def _bmad_place(path):  # relative -> (part, "good" or "Ungood", whether it is a mask), or None outside the layout
@@ -56,11 +49,12 @@ def _bmad_files(images, parts):  # -> {(part, verdict, stem): image path}, the s
     bare = [str(path) for key, path in files.items() if key[1] == "Ungood" and masks and key not in masks]
     return files, masks, {**out, "masks of abnormal images that have none": bare}
 
-def _bmad_row(images, key, path, mask, benchmark, reader):  # one image and its mask or None -> Row
+def _bmad_row(images, key, path, mask, kind, reader):  # one image and its mask or None -> Row
     part, verdict, stem = key
-    name, found = "_".join(key), re.match(benchmark.patient, stem) if benchmark.patient else None
+    name, (category, _, patient) = "_".join(key), BMAD[kind]
+    found = re.match(patient, stem) if patient else None
     return Row(f"images/{reader.stored_name(name + path.suffix)}", found[1] if found else name,
-               (benchmark.category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
+               (category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
                f"masks/{name}.png" if mask else "", read=partial(reader.stored, images / path),
                read_mask=mask and partial(reader.mask, images / mask), sources=(images / path, mask and images / mask))
 
@@ -83,18 +77,19 @@ def bmad(
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
 ) -> Path:  # the folder; DataError
     "Prepare one set of BMAD, normal or not, with masks where it has them."
-    benchmark, reader = BMAD[_bmad_kind(images, kind)], ImageReader(Pixels(size=size))
+    kind, reader = _bmad_kind(images, kind), ImageReader(Pixels(size=size))
     if not set(parts) <= {"train", "valid", "test"} or "test" not in parts or len(set(parts)) < 2:
         raise DataError(f"parts is {list(parts)}: name test, and train or valid to draw shots from")
     files, masks, left_out = _bmad_files(images, parts)
     if len({verdict for _, verdict, _ in files}) < 2:
         raise DataError(f"images {images} has no good and Ungood images of the parts {', '.join(parts)}: give the "
                         "folder that holds valid and test")
-    rows = [_bmad_row(Path(images), key, path, masks.get(key), benchmark, reader) for key, path in files.items()]
-    settings = {"category": benchmark.category, "parts": list(parts), "pixels": asdict(reader.pixels),
+    rows = [_bmad_row(Path(images), key, path, masks.get(key), kind, reader) for key, path in files.items()]
+    category, preset, _ = BMAD[kind]
+    settings = {"category": category, "parts": list(parts), "pixels": asdict(reader.pixels),
                 "files": digest(sorted(files.items()), sorted(masks))}
-    folder, signs = Preparation(out, images, "bmad", settings), read_signs(preset_path(benchmark.preset))
-    return folder.write(rows, [benchmark.category], signs, left_out, skip_broken)
+    folder, signs = Preparation(out, images, "bmad", settings), read_signs(preset_path(preset))
+    return folder.write(rows, [category], signs, left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #b5a692ee
 def bmad_split(shot_list, dataset: DataSet, draw: int = 0) -> Split:  # DataError
