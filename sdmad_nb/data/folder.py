@@ -65,17 +65,17 @@ def _read_inside(folder, name, what):  # resolved folder, relative path, words f
     except OSError as error: raise DataError(f"{what} cannot be read ({error.strerror}): change its rights") from error
 
 # %% ../../nbs/data/00_folder.ipynb #4767fdc9
-def _parse_table(name, read, delimiters=","):  # () -> bytes; -> texts, indexed by each row's last line, or None; faults
+def _parse_table(name, data, delimiters=","):  # bytes -> texts, indexed by each row's last line, faults; DataError
     try:
-        text = read().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
         delimiter = max(delimiters, key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if "".join(row).strip()]
-    except DataError as error: return None, [(0, str(error))]
     except UnicodeDecodeError as error:
-        return None, [(0, f"{name} is not UTF-8 text (byte {error.start}): save it as 'CSV UTF-8'")]
-    except csv.Error as error: return None, [(reader.line_num, f"{error}: check the quotes and save it as CSV")]
-    if not rows: return None, [(0, f"{name} is empty: it needs a header line and one line for each row")]
+        raise DataError(f"{name} is not UTF-8 text (byte {error.start}): save it as 'CSV UTF-8'") from error
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: {error}: check the quotes and save it as CSV") from error
+    if not rows: raise DataError(f"{name} is empty: it needs a header line and one line for each row")
     (_, header), *rows = rows
     if delimiters != ",": rows = [(line, row if any(row[len(header):]) else row[:len(header)]) for line, row in rows]
     faults = [(line, f"{len(row)} cells under {len(header)} columns: add or delete cells")
@@ -97,17 +97,15 @@ def read_table(
     rules: dict,  # {column: (regular expression that a whole cell matches, remedy)}
 ) -> pd.DataFrame:  # texts, indexed by "my.csv, line 2"; DataError with all faults
     "Read a table from elsewhere and check the columns that are needed."
-    def read():
-        with reading(str(path), "cannot be read", "save it as CSV"): return Path(path).read_bytes()
-    table, faults = _parse_table(str(path), read, ",;\t")
-    if table is not None:
-        header = list(table)
-        faults += [(0, f"{path} has the columns {', '.join(header)}, not {column}: correct the names")
-                   for column in rules if column not in header]
-        faults += [(0, f"{path} has the column {column!r} twice: rename one") for column in rules
-                   if header.count(column) > 1]
-        faults += _broken(table, [(column, ~table[column].str.fullmatch(pattern), remedy)
-                                  for column, (pattern, remedy) in rules.items() if header.count(column) == 1])
+    with reading(str(path), "cannot be read", "save it as CSV"): data = Path(path).read_bytes()
+    table, faults = _parse_table(str(path), data, ",;\t")
+    header = list(table)
+    faults += [(0, f"{path} has the columns {', '.join(header)}, not {column}: correct the names")
+               for column in rules if column not in header]
+    faults += [(0, f"{path} has the column {column!r} twice: rename one") for column in rules
+               if header.count(column) > 1]
+    faults += _broken(table, [(column, ~table[column].str.fullmatch(pattern), remedy)
+                              for column, (pattern, remedy) in rules.items() if header.count(column) == 1])
     if faults: raise DataError(f"{path} cannot be used", _sentences(Path(path).name, faults))
     return table.set_axis([f"{Path(path).name}, line {line}" for line in table.index])
 
@@ -131,28 +129,27 @@ def _header_faults(header):
     if not set(header) - {*RESERVED, ""}: faults.append("has no category")
     remedy = "write image,patient,<category>,... separated by commas"
     names = [(name, name_fault(name)) for name in header if name and name not in RESERVED]
-    return [(0, f"labels.csv {fault} (its header is {', '.join(header)}): {remedy}") for fault in faults] + [
-        (0, f"labels.csv has the column {name!r}: {fault}") for name, fault in names if fault]
+    return [f"labels.csv {fault} (its header is {', '.join(header)}): {remedy}" for fault in faults] + [
+        f"labels.csv has the column {name!r}: {fault}" for name, fault in names if fault]
 
-def _read_inner(folder, name): return _parse_table(name, lambda: _read_inside(folder, name, name))  # of a data set
+def _read_inner(folder, name): return _parse_table(name, _read_inside(folder, name, name))  # a table of a data set
 
-def _read_header(folder):  # -> texts or None, C names, faults
+def _read_header(folder):  # -> texts, C names, faults; DataError
     table, faults = _read_inner(folder, "labels.csv")
-    wrong = [] if table is None else _header_faults(list(table))
-    if table is None or wrong: return None, [], wrong or faults
+    if wrong := _header_faults(list(table)): raise DataError("the header is wrong", wrong)
     return table, [column for column in table if column not in RESERVED], faults
 
 def read_findings(folder) -> list:  # C names; DataError where the header is none
     "Read which findings a data-set folder has, whatever else is wrong with it."
-    table, names, faults = _read_header(Path(folder).resolve())
-    if table is None: raise DataError(f"{Path(folder) / 'labels.csv'} cannot be used", _sentences("labels.csv", faults))
-    return names
+    try: return _read_header(Path(folder).resolve())[1]
+    except DataError as error: raise DataError(f"{Path(folder) / 'labels.csv'} cannot be used", error.faults) from error
 
 # %% ../../nbs/data/00_folder.ipynb #c559f6f6
-def _read_labels(folder, partial=False):  # -> texts or None, C names, faults
+def _read_labels(folder, partial=False):  # -> texts, C names, faults; DataError
     table, categories, faults = _read_header(folder)
-    if table is None: return None, [], faults
-    if table.empty: return None, [], faults or [(0, "labels.csv has a header but no rows: add one line for each image")]
+    if table.empty:
+        bare = "labels.csv has a header but no rows: add one line for each image"
+        raise DataError("there are no rows", _sentences("labels.csv", faults) or [bare])
     table = table.reindex(columns=[*RESERVED, *categories], fill_value="")
     for name in ("image", "mask"): table[name] = [find_spelling(folder, cell) for cell in table[name]]
     constant = [name for name in categories if table[name].nunique() == 1 and not partial]
@@ -220,8 +217,8 @@ BOX_COLUMNS = ("image", "category", "x", "y", "width", "height")
 
 def _box_faults(folder, sizes, categories):  # {image: (width, height)} of the sound images, C names -> faults
     if not os.path.lexists(folder / "boxes.csv"): return []
-    table, faults = _read_inner(folder, "boxes.csv")
-    if table is None: return faults
+    try: table, faults = _read_inner(folder, "boxes.csv")
+    except DataError as error: return [(0, str(error))]
     if sorted(table) != sorted(BOX_COLUMNS):
         return [(0, f"boxes.csv has the columns {', '.join(table)}: write {', '.join(BOX_COLUMNS)}")]
     numbers = table[list(BOX_COLUMNS[2:])].apply(pd.to_numeric, errors="coerce").astype(float)
@@ -272,34 +269,30 @@ def _pixels(folder):  # -> how a preparation made the images; as they come where
     kept = read_preparation(folder)["settings"].get("pixels", {})
     with reading(str(folder / RECORD), "has no choice of pixels", "prepare the folder again"): return Pixels(**kept)
 
-def _folder_faults(folder):  # -> sentences
+def _check_begun(folder):  # DataError
     if not os.path.isdir(folder):
-        return ["there is no such folder: give one that holds labels.csv and images/, or use the demo"]
+        raise DataError("there is no such folder: give one that holds labels.csv and images/, or use the demo")
     if os.path.isfile(folder / RECORD) and not os.path.exists(folder / "labels.csv"):
-        return ["its preparation has not finished: run the same command again, it goes on where it stopped"]
-    try: _pixels(folder)
-    except DataError as error: return [str(error)]
-    return []
+        raise DataError("its preparation has not finished: run the same command again, it goes on where it stopped")
 
 # %% ../../nbs/data/00_folder.ipynb #54d5bd71
-def _inspect(folder, signs, progress, partial):  # -> DataSet or None where there are faults, sentences
+def _inspect(folder, signs, progress, partial):  # -> DataSet; DataError
     folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
-    if faults := _folder_faults(folder): return None, faults
-    table, categories, faults = _read_labels(folder, partial)
-    if table is None: return None, _sentences("labels.csv", faults)
+    _check_begun(folder)
+    pixels, (table, categories, faults) = _pixels(folder), _read_labels(folder, partial)
     rows = [*zip(table["image"], table["mask"])]
     checked = in_threads(lambda row: check_row(folder, *row), rows, f"checking {folder.name}", progress)
     faults += _copies(table, checked) + [(line, text) for line, row in zip(table.index, checked) for text in row.faults]
     boxes = _box_faults(folder, {image: row.size for image, row in zip(table["image"], checked)}, categories)
     found = _sentences("labels.csv", faults) + _sentences("boxes.csv", boxes) + _sign_faults(folder, categories, signs)
-    if found: return None, found
+    if found: raise DataError("the folder has faults", found)
     images, patients, split, masks = (tuple(table[name]) for name in RESERVED)
     labels = (table[categories] == "1").to_numpy(np.uint8)  # (N, C)
     content = hashlib.sha256("".join(row.content.hex() for row in checked).encode()).hexdigest()
     parts = tuple(part or None for part in split) if any(split) else None
     hashes, masks = tuple(row.pixels.hex() for row in checked), masks if any(masks) else None
     return DataSet(folder, folder.name, images, patients, tuple(categories), labels, parts, masks, content, hashes,
-                   _pixels(folder)), []
+                   pixels)
 
 # %% ../../nbs/data/00_folder.ipynb #8a5d9a8d
 def read_dataset(
@@ -309,9 +302,8 @@ def read_dataset(
     partial: bool = False,  # a test set, in which some findings may never occur
 ) -> DataSet:  # DataError with all faults where there are any
     "Check a data-set folder whole and read its labels."
-    dataset, faults = _inspect(folder, signs, progress, partial)
-    if faults: raise DataError(f"the data set {folder} cannot be used", faults)
-    return dataset
+    try: return _inspect(folder, signs, progress, partial)
+    except DataError as error: raise DataError(f"the data set {folder} cannot be used", error.faults) from error
 
 def validate(folder, signs=None, progress=True) -> list:  # as for `read_dataset`; sentences with file, line, remedy
     "List everything that is wrong with a data-set folder."

@@ -39,7 +39,6 @@ def _open_demo(make, signs):  # function that makes the demo or finds it -> Data
     shutil.rmtree(folder)
     return read_dataset(make(), sign_set), sign_set
 
-# %% ../../nbs/data/03_0_open_data.ipynb #8347e87b
 def open_data(
     data: str = "demo",  # "demo" or a data-set folder
     slice: int = 5,  # of the demo: 0, 5 or 10

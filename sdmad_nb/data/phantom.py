@@ -134,7 +134,6 @@ def _draw_flap(generator):
                            swelling=generator.uniform(1.5, 5.0),  # mm of the scalp above
                            gap=generator.uniform(2.0, 4.5))  # mm, width of the saw line
 
-# %% ../../nbs/data/02_phantom.ipynb #29c0580f
 def _turn(angle, middle): return (angle - middle + np.pi) % (2 * np.pi) - np.pi  # in [-pi, pi)
 
 def _inside_flap(angle, flap): return (flap.half_width - np.abs(_turn(angle, flap.middle))) * 75.0  # mm
@@ -330,7 +329,6 @@ def demo_folder(slice_number: int, draw: int = 0) -> Path:
     "Name the folder of a demo inside the cache."
     return cache_folder("data", "version1") / f"demo-slice{slice_number}{f'-draw{draw}' if draw else ''}"
 
-# %% ../../nbs/data/02_phantom.ipynb #1f8500f2
 def make_demo(
     slice_number: int = 5,  # 0, 5 or 10
     draw: int = 0,  # which independent data set; tables use 0

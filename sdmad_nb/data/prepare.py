@@ -54,17 +54,6 @@ class Layout:
         found = dict.fromkeys(name for name in names if name and name.lower() != self.normal.lower())
         return tuple(found), bool(found) and len(found) < len([*filter(None, dict.fromkeys(names))])
 
-# %% ../../nbs/data/07_prepare.ipynb #52852657
-class _Entry(NamedTuple):
-    place: str  # words for a message, such as "my.csv, line 3"
-    source: str  # path relative to the images
-    findings: tuple
-    patient: str = ""  # as the owner wrote it; "" = not said
-    split: str = ""
-    mask: str = ""  # path relative to the images
-    slice: str = ""  # number of the slice of a volume or film; "" = all
-    mixed: bool = False  # normal is named beside a finding
-
 # %% ../../nbs/data/07_prepare.ipynb #e75386ee
 _PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "", "valid": "",
           "validation": ""}
@@ -90,7 +79,17 @@ def _masks(paths):  # relative -> images, {image: mask}; DataError
     if unsure: raise DataError("some files may be masks", unsure)
     return [path for path, (_, masked) in pairs.items() if not masked], masks
 
-# %% ../../nbs/data/07_prepare.ipynb #7e2ae465
+# %% ../../nbs/data/07_prepare.ipynb #52852657
+class _Entry(NamedTuple):
+    place: str  # words for a message, such as "my.csv, line 3"
+    source: str  # path relative to the images
+    findings: tuple
+    patient: str = ""  # as the owner wrote it; "" = not said
+    split: str = ""
+    mask: str = ""  # path relative to the images
+    slice: str = ""  # number of the slice of a volume or film; "" = all
+    mixed: bool = False  # normal is named beside a finding
+
 def _folder_entries(images, layout):  # -> entries; DataError where an image is in no sub-folder
     if replace(layout, separator="|", normal="normal", slices=(), unlabelled=False) != Layout():
         raise DataError("columns are named and there is no table: give --labels, or leave the columns out")

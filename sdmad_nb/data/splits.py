@@ -35,7 +35,6 @@ class Split:
     test: _NAMES = ()  # image names; a file without them means all that the level allows
     fingerprint: str = ""  # `dataset_fingerprint` when it was drawn; "" where a user's file does not say
 
-# %% ../../nbs/data/01_1_splits.ipynb #7b62aef5
 def indices(
     dataset: DataSet,
     names,  # image names as in labels.csv

@@ -175,7 +175,10 @@ def _remove_strays(folder, rows):
         if path not in named: path.unlink()
 
 # %% ../../nbs/data/04_writer.ipynb #b36d50cb
-def _finish(folder, rows, categories, signs, record):  # write all but images, labels.csv last -> the folder
+def _finish(done, rows, categories, signs, left_out):  # a `Preparation` but for its images, labels.csv last -> folder
+    folder, place = done.out, f"{done.images}{os.sep}"  # which may hold names
+    record = {"state": "finished", "settings": done.record["settings"], "counts": counts(rows, categories),
+              "left_out": {why: [text.replace(place, "") for text in texts] for why, texts in left_out.items() if texts}}
     _remove_strays(folder, rows)
     boxes = [(row.image, *box) for row in rows for box in row.boxes if box[0] in categories]
     if boxes: write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
@@ -224,10 +227,6 @@ def _reopened(folder, rows):  # a finished folder -> whether it is unfinished ag
     (folder / "labels.csv").unlink()
     return True
 
-def _without_path(left_out, images):  # the path of the images may hold names; reasons without a case are dropped
-    return {reason: [text.replace(f"{images}{os.sep}", "") for text in texts]
-            for reason, texts in left_out.items() if texts}
-
 # %% ../../nbs/data/04_writer.ipynb #4335dcb3
 @patch
 def write(
@@ -256,5 +255,4 @@ def write(
     left_out |= {"pictures of another patient, too": copies,
                  "pictures with contradictory labels": list(map(hide, clashes)),
                  "categories without an image": [name for name in categories if name not in had]}
-    record = {"state": "finished", "settings": self.record["settings"], "counts": counts(rows, had)}
-    return _finish(self.out, rows, had, signs, record | {"left_out": _without_path(left_out, self.images)})
+    return _finish(self, rows, had, signs, left_out)
