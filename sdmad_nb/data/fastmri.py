@@ -8,8 +8,8 @@ __all__ = ['Annotations', 'read_annotations', 'label_rows', 'fastmri_plus']
 # %% ../../nbs/data/05_fastmri.ipynb #4d341924
 from collections import defaultdict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -121,8 +121,7 @@ def _with_pixels(rows, volumes, slice):  # rows of one slice number -> those tha
             if min(w, h) > 0 <= min(x, y, width - x - w, height - y - h): continue
             out[fault].append(f"{Path(row.image).stem}, {label}: {x:g}, {y:g}, {w:g}, {h:g}")
             row = replace(row, boxes=tuple(box for box in row.boxes if box != (label, x, y, w, h)))
-        if slice < depth: made.append(replace(row, patient=patient or name, read=partial(_volume_slice, path, slice),
-                                              sources=(path,)))
+        if slice < depth: made.append(replace(row, patient=patient or name, source=path, number=slice))
     return made, dict(out)
 
 # %% ../../nbs/data/05_fastmri.ipynb #ea40e756
@@ -156,7 +155,7 @@ def fastmri_plus(
                 "labels": digest(Path(annotations).read_bytes(), Path(file_list).read_bytes()),
                 "files": digest(sorted(path.name for path in Path(images).rglob("*.h5")))}
     folders = [Preparation(Path(out) / f"fastmri_plus-slice{slice}", images, "fastmri-plus",
-                           {**settings, "slice": slice}) for slice in slices]
+                           {**settings, "slice": slice}, SimpleNamespace(stored=_volume_slice)) for slice in slices]
     volumes, faults = _scan_volumes(images, labels.volumes)
     if bare := [name for name, (*_, person) in volumes.items() if not person]:
         print(f"note: {len(bare)} volumes, such as {bare[0]}, have no patient_id: each counts as a patient of its own")

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -214,9 +214,7 @@ def _rows(images, entry, info, owner, reader, salt, wanted=()):  # the images th
         one = name if single else f"{os.path.splitext(name)[0]}_{number:03}.png"
         rows.append(Row(f"images/{one}", _pseudonym(owner, salt) if salt else owner, entry.findings, entry.split,
                         f"masks/{one}.png".replace(".png.png", ".png") if entry.mask else "",
-                        read=partial(reader.stored, images / entry.source, number),
-                        read_mask=partial(reader.mask, images / entry.mask, number=number),
-                        sources=(images / entry.source, entry.mask and images / entry.mask)))
+                        source=images / entry.source, mask_source=entry.mask and images / entry.mask, number=number))
     return rows
 
 # %% ../../nbs/data/07_prepare.ipynb #107e5ecd
@@ -275,8 +273,8 @@ def own_folder(
     phrases = read_signs(preset_path(signs)) if signs else None
     _check_entries(sound, categories, patient, phrases)
     folder = Preparation(out, images, "own-folder", {
-        "categories": categories, "patient": patient, "pixels": asdict(pixels), "signs": digest(phrases),
-        "labels": digest(layout.slices, *map(tuple, entries)), "salt": salt and _pseudonym("salt", salt)})
+        "categories": categories, "patient": patient, "signs": digest(phrases),
+        "labels": digest(layout.slices, *map(tuple, entries)), "salt": salt and _pseudonym("salt", salt)}, reader)
     scans = any(infos[entry.source].kind == "dicom" for entry in sound)
     salt = (salt or folder.secret(secrets.token_hex(16))) if scans else ""
     owners = [_owner(entry, infos[entry.source], patient) for entry in sound]

@@ -8,8 +8,6 @@ __all__ = ['BMAD', 'bmad', 'bmad_split', 'chestxray14', 'oct2017']
 # %% ../../nbs/data/06_public_sets.ipynb #cf01b555
 import re
 from collections import defaultdict
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from ..core.signs import preset_path, read_signs
@@ -55,8 +53,7 @@ def _bmad_row(images, key, path, mask, kind, reader):  # one image and its mask 
     found = re.match(patient, stem) if patient else None
     return Row(f"images/{reader.stored_name(name + path.suffix)}", found[1] if found else name,
                (category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
-               f"masks/{name}.png" if mask else "", read=partial(reader.stored, images / path),
-               read_mask=mask and partial(reader.mask, images / mask), sources=(images / path, mask and images / mask))
+               f"masks/{name}.png" if mask else "", source=images / path, mask_source=mask and images / mask)
 
 # %% ../../nbs/data/06_public_sets.ipynb #0cc0e9ed
 def _bmad_kind(images, kind):  # -> a key of BMAD; DataError
@@ -86,9 +83,8 @@ def bmad(
                         "folder that holds valid and test")
     rows = [_bmad_row(Path(images), key, path, masks.get(key), kind, reader) for key, path in files.items()]
     category, preset, _ = BMAD[kind]
-    settings = {"category": category, "parts": list(parts), "pixels": asdict(reader.pixels),
-                "files": digest(sorted(files.items()), sorted(masks))}
-    folder, signs = Preparation(out, images, "bmad", settings), read_signs(preset_path(preset))
+    settings = {"category": category, "parts": list(parts), "files": digest(sorted(files.items()), sorted(masks))}
+    folder, signs = Preparation(out, images, "bmad", settings, reader), read_signs(preset_path(preset))
     return folder.write(rows, [category], signs, left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #b5a692ee
@@ -142,17 +138,16 @@ def chestxray14(
         tested = set(Path(test_list).read_text(encoding="utf-8").split() if test_list else ())
     paths = {path.name: path for path in reversed(found)}
     wanted = [name for name in table if name in paths and (not table[name][1] or {*table[name][1]} & {*findings})]
-    file = lambda name: Path(images) / paths[name]
     rows = [Row(f"images/{name}", table[name][0], tuple(finding for finding in findings if finding in table[name][1]),
                 ("test" if name in tested else "train") if test_list else "",
-                read=partial(reader.stored, file(name)), sources=(file(name),)) for name in wanted]
+                source=Path(images) / paths[name]) for name in wanted]
     left_out = {"listed images that are not in the folder": sorted(table.keys() - paths.keys()),
                 "images that are not listed": sorted(paths.keys() - table.keys()),
                 "images of a name that another one has": [str(path) for path in found if paths[path.name] != path],
                 "images with other findings only": sorted(paths.keys() & table.keys() - set(wanted))}
-    settings = {"findings": list(findings), "pixels": asdict(reader.pixels), "files": digest(sorted(paths)),
+    settings = {"findings": list(findings), "files": digest(sorted(paths)),
                 "labels": digest(Path(labels).read_bytes(), sorted(tested))}
-    return Preparation(out, images, "chestxray14", settings).write(
+    return Preparation(out, images, "chestxray14", settings, reader).write(
         rows, findings, read_signs(preset_path("chestxray14")), left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #de5bb687
@@ -165,7 +160,7 @@ def _oct_row(images, path, reader):  # folder, relative path -> Row, or None whe
     if not found or found[1] not in path.parts[:-1] or len(parts) > 1: return None
     return Row(f"images/{parts[0]}_{reader.stored_name(path.name)}", found[2],
                () if found[1] == "NORMAL" else (found[1],), {"all": "", "test": "test"}.get(parts[0], "train"),
-               read=partial(reader.stored, images / path), sources=(images / path,))
+               source=images / path)
 
 # %% ../../nbs/data/06_public_sets.ipynb #2aa6743c
 def oct2017(
@@ -180,6 +175,6 @@ def oct2017(
     if not any(rows.values()):
         raise DataError(f"images {images} has no file such as CNV/CNV-1016042-1.jpeg: give the folder of OCT2017")
     strange = {"files outside OCT2017's layout": [str(path) for path, row in rows.items() if row is None]}
-    folder = Preparation(out, images, "oct2017", {"pixels": asdict(reader.pixels), "files": digest(sorted(rows))})
+    folder = Preparation(out, images, "oct2017", {"files": digest(sorted(rows))}, reader)
     rows, signs = [row for row in rows.values() if row], read_signs(preset_path("oct2017"))
     return folder.write(rows, _OCT_CLASSES, signs, strange, skip_broken)

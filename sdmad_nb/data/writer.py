@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from PIL import Image
 from ..core.config import write_atomically
 from ..core.signs import name_fault, restrict, write_signs
 from .folder import BOX_COLUMNS, RECORD, check_row, in_threads, read_preparation
-from .images import DataError, load_rgb
+from .images import DataError, ImageReader, load_rgb
 
 # %% ../../nbs/data/04_writer.ipynb #7758e569
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Row:
     split: str = ""  # train, test or nothing
     mask: str = ""  # path inside the folder, or nothing
     boxes: tuple = ()  # (category, x, y, width, height) in pixels
-    read: Callable = field(default=None, compare=False)  # () -> (H, W) or (H, W, 3) uint8, or bytes of a PNG or JPEG
-    read_mask: Callable = field(default=None, compare=False)  # (width, height) -> (H, W) uint8, 0 or 255
-    sources: tuple = field(default=(), compare=False)  # files of the image and of the mask, where they are known
+    source: Path = field(default=None, compare=False)  # file of the image
+    mask_source: Path = field(default=None, compare=False)  # file of the mask
+    number: int = field(default=0, compare=False)  # slice or frame of the files
 
 # %% ../../nbs/data/04_writer.ipynb #0cd87669
 def _write_image(path, made, source):  # (H, W) or (H, W, 3) uint8, or the bytes of a finished file
@@ -45,23 +45,24 @@ def _write_image(path, made, source):  # (H, W) or (H, W, 3) uint8, or the bytes
     if source: os.utime(path, ns=(os.stat(source).st_mtime_ns,) * 2)
 
 def _outdated(folder, row):  # -> names of the row's files whose source has changed since
-    pairs = zip((row.image, row.mask), row.sources)
-    return [name for name, source in pairs if name and os.path.exists(source) and (folder / name).is_file()
+    pairs = (row.image, row.source), (row.mask, row.mask_source)
+    return [name for name, source in pairs if name and source and os.path.exists(source) and (folder / name).is_file()
             and os.stat(source).st_mtime_ns != os.stat(folder / name).st_mtime_ns]
 
-def _store(folder, row):  # resolved folder -> `Checked`; DataError where the source cannot be read
+def _store(folder, reader, row):  # resolved folder -> `Checked`; DataError where the source cannot be read
     for name in filter(None, (row.image, row.mask)):
         if not (folder / name).resolve().is_relative_to(folder): raise DataError(f"image {name} would leave {folder}")
-    outdated, (source, mask_source) = _outdated(folder, row), (*row.sources, "", "")[:2]
-    if not (folder / row.image).is_file() or row.image in outdated: _write_image(folder / row.image, row.read(), source)
-    if row.mask and (not (folder / row.mask).is_file() or outdated):
-        _write_image(folder / row.mask, row.read_mask(load_rgb(folder / row.image).size), mask_source)
+    outdated, image, mask = _outdated(folder, row), folder / row.image, folder / row.mask
+    if not image.is_file() or row.image in outdated:
+        _write_image(image, reader.stored(row.source, row.number), row.source)
+    if row.mask and (not mask.is_file() or outdated):
+        _write_image(mask, reader.mask(row.mask_source, load_rgb(image).size, row.number), row.mask_source)
     return check_row(folder, row.image, row.mask)
 
 # %% ../../nbs/data/04_writer.ipynb #9c85e6c7
-def _store_all(folder, rows):  # -> [(Row, Checked)], {reason: sentences}
+def _store_all(folder, reader, rows):  # -> [(Row, Checked)], {reason: sentences}
     kept, broken, unusable = [], [], []
-    for row, found in zip(rows, in_threads(partial(_store, folder), rows, f"writing {folder.name}")):
+    for row, found in zip(rows, in_threads(partial(_store, folder, reader), rows, f"writing {folder.name}")):
         if isinstance(found, DataError): broken.append(str(found))
         elif found.faults:
             unusable.append("; ".join(found.faults))
@@ -95,7 +96,7 @@ def _without_copies(kept):  # [(Row, Checked)] -> rows, sentences on copies, sen
     for row, checked in sorted(kept, key=lambda pair: pair[0].image): groups[checked.pixels].append(row)
     for first, *others in groups.values():
         if any(row.findings != first.findings for row in others):
-            shown = lambda row: row.sources[0] if row.sources else row.image
+            shown = lambda row: row.source or row.image
             clashes.append("the same picture: " + ", ".join(f"{shown(row)} ({' and '.join(row.findings) or 'normal'})"
                                                             for row in (first, *others)))
             continue
@@ -196,9 +197,10 @@ def _refuse(what, sentences, skip_broken):  # DataError with all of them
 # %% ../../nbs/data/04_writer.ipynb #10e95720
 class Preparation:
     "Make a data-set folder that is whole at the end of its last write, and not before."
-    def __init__(self, out, images, command: str, settings: dict):  # folders, JSON values; DataError
-        self.out, self.images = Path(out), Path(images)
+    def __init__(self, out, images, command: str, settings: dict, reader):  # folders, JSON values; DataError, OSError
+        self.out, self.images, self.reader = Path(out), Path(images), reader
         _check_target(self.out, self.images)
+        if isinstance(reader, ImageReader): settings = {**settings, "pixels": asdict(reader.pixels)}
         now = {"command": command, **settings, "origin": digest(str(self.images.resolve()))}
         now = json.loads(json.dumps(now))  # tuples are lists in a file
         before = read_preparation(out) if (self.out / RECORD).is_file() else {"state": "unfinished", "settings": now}
@@ -245,7 +247,7 @@ def write(
     _refuse(_BROKEN, known, skip_broken)
     _check_rows(self.out, rows, categories)
     _write_json(self.out / RECORD, self.record)
-    kept, unreadable = _store_all(self.out.resolve(), rows)
+    kept, unreadable = _store_all(self.out.resolve(), self.reader, rows)
     unreadable["broken files"] = known + unreadable["broken files"]
     _refuse(_BROKEN, unreadable["broken files"], skip_broken)
     left_out = {reason: list(map(hide, texts)) for reason, texts in {**left_out, **unreadable}.items()}
