@@ -6,7 +6,6 @@
 __all__ = ['app', 'shell']
 
 # %% ../../nbs/app/02_command_line.ipynb #2237688e
-import os
 import re
 import sys
 from collections import defaultdict

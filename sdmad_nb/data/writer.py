@@ -178,8 +178,9 @@ def _remove_strays(folder, rows):
 # %% ../../nbs/data/04_writer.ipynb #b36d50cb
 def _finish(done, rows, categories, signs, left_out):  # a `Preparation` but for its images, labels.csv last -> folder
     folder, place = done.out, f"{done.images}{os.sep}"  # which may hold names
+    left_out = {why: [text.replace(place, "") for text in texts] for why, texts in left_out.items() if texts}
     record = {"state": "finished", "settings": done.record["settings"], "counts": counts(rows, categories),
-              "left_out": {why: [text.replace(place, "") for text in texts] for why, texts in left_out.items() if texts}}
+              "left_out": left_out}
     _remove_strays(folder, rows)
     boxes = [(row.image, *box) for row in rows for box in row.boxes if box[0] in categories]
     if boxes: write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
