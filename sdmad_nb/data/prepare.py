@@ -122,7 +122,7 @@ def _rules(layout):  # -> {column: (pattern, remedy)}
                 layout.category_columns}}
     return {column: rule for column, rule in rules.items() if column}
 
-def _table_entries(labels, layout):  # -> entries; DataError with all faults
+def _table_entries(images, labels, layout):  # -> entries; DataError with all faults
     if bool(layout.category_columns) == bool(layout.finding_column):
         raise DataError("labels: name either --category-columns, one column for each finding, or one --finding-column")
     def entry(place, row):
@@ -132,15 +132,15 @@ def _table_entries(labels, layout):  # -> entries; DataError with all faults
         yes = _YES + r"|-1(\.0)?" * (layout.uncertain == "present")
         found, mixed = layout.findings(named)
         found = found or tuple(name for name in layout.category_columns if re.fullmatch(yes, row[name]))
-        return _Entry(place, os.path.normpath(image), found, patient, split, mask and os.path.normpath(mask), number,
-                      mixed)
+        return _Entry(place, image, found, patient, split, mask, number, mixed)
     rows = read_table(labels, _rules(layout)).to_dict("index").items()
     columns = layout.category_columns if layout.uncertain == "left-out" else ()
-    return [entry(place, row) for place, row in rows if not any(row[name][:2] == "-1" for name in columns)]
+    entries = [entry(place, row) for place, row in rows if not any(row[name][:2] == "-1" for name in columns)]
+    return _named_as_on_disk(images, entries, layout.loose_names)
 
 # %% ../../nbs/data/07_prepare.ipynb #81c1fd7a
 def _named_as_on_disk(images, entries, loose):  # entries with the names of files; DataError
-    spell = lambda name: name and find_spelling(images, name)
+    spell = lambda name: name and find_spelling(images, os.path.normpath(name))
     entries = [entry._replace(source=spell(entry.source), mask=spell(entry.mask)) for entry in entries]
     lost = [entry for entry in entries if not (images / entry.source).is_file()]
     if not lost: return entries
@@ -224,7 +224,8 @@ def _check_patient(patient, entries):  # regular expression with one group -> Da
     lost = [entry.source for entry in entries if not entry.patient and not any(pattern.findall(entry.source)[:1])]
     if lost: raise DataError(f"patient {patient!r} is not in {lost[0]} ({len(lost)} such): correct it")
 
-def _check_entries(entries, categories, patient, signs):  # DataError with all faults
+def _check_entries(entries, categories, patient, signs):  # -> SignSet or None; DataError with all faults
+    phrases = read_signs(preset_path(signs)) if signs else None
     if patient: _check_patient(patient, entries)
     times = Counter((entry.source, entry.slice) for entry in entries)
     had = {name for entry in entries for name in entry.findings}
@@ -232,8 +233,9 @@ def _check_entries(entries, categories, patient, signs):  # DataError with all f
               if (count := times[entry.source, entry.slice]) > 1]
     faults += [f"no image has {name!r}: add some, or take the finding out" for name in categories if name not in had]
     faults += [f"there are no signs for {name!r}: add some phrases" for name in categories
-               if signs and name not in signs.categories]
+               if phrases and name not in phrases.categories]
     if faults: raise DataError("own_folder cannot start", faults)
+    return phrases
 
 # %% ../../nbs/data/07_prepare.ipynb #fff93965
 def _notes(entries, infos, owners, categories, rest):  # rest: files that are not used -> sentences
@@ -266,12 +268,10 @@ def own_folder(
 ) -> Path:  # the folder; DataError or SignError with all faults
     "Prepare images of your own: PNG, JPEG, TIFF, DICOM, NIfTI, labelled by sub-folders or by a table."
     images, reader = Path(images), ImageReader(pixels)
-    if not labels: entries = _folder_entries(images, layout)
-    else: entries = _named_as_on_disk(images, _table_entries(labels, layout), layout.loose_names)
+    entries = _table_entries(images, labels, layout) if labels else _folder_entries(images, layout)
     categories = list(layout.category_columns) or sorted({name for entry in entries for name in entry.findings})
     sound, infos, broken = _look(images, entries, reader, skip_broken)
-    phrases = read_signs(preset_path(signs)) if signs else None
-    _check_entries(sound, categories, patient, phrases)
+    phrases = _check_entries(sound, categories, patient, signs)
     folder = Preparation(out, images, "own-folder", {
         "categories": categories, "patient": patient, "signs": digest(phrases),
         "labels": digest(layout.slices, *map(tuple, entries)), "salt": salt and _pseudonym("salt", salt)}, reader)
