@@ -141,7 +141,7 @@ def fastmri_plus(
     images,  # folder with fastMRI's brain volumes (.h5), in any sub-folders
     annotations,  # fastMRI+'s brain.csv
     file_list,  # fastMRI+'s brain_file_list.csv
-    out,  # folder for the data sets fastmri_plus-slice0, ...
+    out,  # folder for the data sets, one for each slice number
     slices: tuple[int, ...] = (0, 5, 10),  # slice numbers
     categories: tuple[str, ...] = _FINDINGS,  # labels of fastMRI+
     contrasts: tuple[str, ...] = (),  # such as AXFLAIR AXT1 AXT1POST; empty = all

@@ -256,7 +256,7 @@ def _notes(entries, infos, owners, categories, rest):  # rest: files that are no
 
 # %% ../../nbs/data/07_prepare.ipynb #2140880e
 def own_folder(
-    images,  # folder with the images
+    images,  # folder with the images: PNG, JPEG, TIFF, DICOM, NIfTI
     out,  # folder for the data set
     labels: str = "",  # CSV; empty = the sub-folders' names are the findings
     layout: Layout = Layout(),
@@ -266,7 +266,7 @@ def own_folder(
     signs: str = "",  # preset or file with the signs; empty = write signs.json later
     skip_broken: bool = False,  # leave out images that cannot be read or have contradictory labels, and list them
 ) -> Path:  # the folder; DataError or SignError with all faults
-    "Prepare images of your own: PNG, JPEG, TIFF, DICOM, NIfTI, labelled by sub-folders or by a table."
+    "Prepare images of your own, labelled by folders or a table."
     images, reader = Path(images), ImageReader(pixels)
     entries = _table_entries(images, labels, layout) if labels else _folder_entries(images, layout)
     categories = list(layout.category_columns) or sorted({name for entry in entries for name in entry.findings})

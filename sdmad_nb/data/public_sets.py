@@ -73,7 +73,7 @@ def bmad(
     size: int = 0,  # largest short side in pixels; 0 keeps the images as they are
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
 ) -> Path:  # the folder; DataError
-    "Prepare one set of BMAD, normal or not, with masks where it has them."
+    "Prepare one set of BMAD, with masks where it has them."
     kind, reader = _bmad_kind(images, kind), ImageReader(Pixels(size=size))
     if not set(parts) <= {"train", "valid", "test"} or "test" not in parts or len(set(parts)) < 2:
         raise DataError(f"parts is {list(parts)}: name test, and train or valid to draw shots from")
