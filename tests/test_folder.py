@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageOps
 
+from sdmad_nb.core.config import Config
 from sdmad_nb.core.signs import SignError, name_fault, read_signs, write_signs
 from sdmad_nb.data.folder import DataSet, read_boxes, read_dataset, validate
 from sdmad_nb.data.images import DataError, decode, load_rgb
@@ -258,19 +259,20 @@ def datasets(draw):  # in memory
 
 
 @settings(few, max_examples=150)
-@given(datasets(), st.integers(1, 2), st.integers(0, 9), st.sampled_from([None, 0, 2]), st.sampled_from(LEVELS))
+@given(datasets(), st.integers(1, 2), st.integers(0, 9), st.sampled_from([-1, 0, 2]), st.sampled_from(LEVELS))
 def test_draw(tmp_path_factory, dataset, shots, seed, normal_shots, level):
     "Each category has its shots, nobody is on both sides, the order of rows does not matter, a file keeps the draw."
     other = reordered(dataset, np.random.default_rng(seed).permutation(len(dataset)))
-    try: split = draw_split(dataset, shots, seed, normal_shots, level)
+    config = Config(shots=shots, seed=seed, normal_shots=normal_shots, split_level=level)
+    try: split = draw_split(dataset, config)
     except DataError:
-        with pytest.raises(DataError): draw_split(other, shots, seed, normal_shots, level)
+        with pytest.raises(DataError): draw_split(other, config)
         return
     train, test, owners = indices(dataset, split.train), indices(dataset, split.test), np.array(dataset.patients)
     assert (dataset.labels[train].sum(0) >= shots).all() and not set(train) & set(test) and len(test)
     assert level == "image" or not set(owners[train]) & set(owners[test])
     if dataset.split: assert [{dataset.split[i] for i in rows} for rows in (train, test)] == [{"train"}, {"test"}]
-    again = draw_split(other, shots, seed, normal_shots, level)
+    again = draw_split(other, config)
     assert set(again.train) == set(split.train) and set(again.test) == set(split.test)
     path = write_split(split, tmp_path_factory.mktemp("split") / "split.json")
     assert read_split(path, dataset) == split and write_split(split, path) == path
@@ -279,7 +281,7 @@ def test_draw(tmp_path_factory, dataset, shots, seed, normal_shots, level):
 def test_any_change_of_a_split(base, tmp_path):
     "A changed split file is refused by its name, or it is another split that fits the data set."
     dataset = replace(read_dataset(base, progress=False), split=None)
-    path = write_split(draw_split(dataset, 1, 0, level="image"), tmp_path / "split.json")
+    path = write_split(draw_split(dataset, Config(split_level="image")), tmp_path / "split.json")
     for data in changes(path.read_text(encoding="utf-8"))[::7]:
         path.write_bytes(data)
         try: split = read_split(path, dataset)

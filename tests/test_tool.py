@@ -220,7 +220,8 @@ def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
     assert done.returncode == 1 and done.stderr.count("tokens in its prompts: shorten it") == 2 and done.stdout == ""
 
 
-COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["signs"], ["signs", "new"], ["signs", "check"]]
+COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["signs"], ["signs", "new"], ["signs", "check"],
+            ["prepare"], *(["prepare", name] for name in ("fastmri-plus", "bmad", "chestxray14", "oct2017", "own-folder"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

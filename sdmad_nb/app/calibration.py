@@ -44,7 +44,6 @@ def left_out_margins(
             margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
     return margins
 
-# %% ../../nbs/app/00_calibration.ipynb #5d2c8b21
 def _check(method, support, others):  # ValueError
     if "scores" not in method.gives:
         raise ValueError(f"{method.title} gives no scores of findings to calibrate: leave sensitivity unset")

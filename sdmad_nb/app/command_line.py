@@ -6,18 +6,49 @@
 __all__ = ['app', 'shell']
 
 # %% ../../nbs/app/02_command_line.ipynb #2237688e
-import os
 import re
 import sys
 from collections import defaultdict
 from contextlib import redirect_stdout
-from functools import partial, wraps
+from dataclasses import is_dataclass
+from functools import partial
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args, get_origin
 
-from typer import Argument, Context, Exit, Option, Typer
+from fastcore.docments import docments
+from typer import Argument, Exit, Option, Typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf867
+def _parameters(function):  # one for each argument, or for each of its fields where it is a dataclass
+    for name, about in docments(function, full=True, returns=False).items():
+        default, kind, flag = about.default, about.anno, f"--{name.replace('_', '-')}"
+        if is_dataclass(kind): yield from _parameters(kind)
+        else:
+            if isinstance(default, tuple): default, kind = [*default], list[get_args(kind)[0]]
+            elif kind is Parameter.empty: kind = str
+            if get_origin(kind) is Annotated: mark = kind
+            elif default is Parameter.empty: mark = Annotated[kind, Argument(metavar=name.upper(), help=about.docment)]
+            else: mark = Annotated[kind, Option(*[flag, "-o"][:1 + (name == "output")], help=about.docment)]
+            yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=mark)
+
+def _gathered(function, given):  # {option: value} -> {argument: value}
+    return {name: about.anno(**_gathered(about.anno, given)) if is_dataclass(about.anno)
+            else tuple(given[name]) if isinstance(about.default, tuple) else given[name]
+            for name, about in docments(function, full=True, returns=False).items()}
+
+class _Several(TyperCommand):
+    def parse_args(self, context, words):
+        several, known, option = [], {name for one in self.params if one.multiple for name in one.opts}, ""
+        for word in words:
+            if word.startswith("--"): option = word if word in known else ""
+            elif option and several[-1] != option: several.append(option)
+            several.append(word)
+        return super().parse_args(context, several)
+
+# %% ../../nbs/app/02_command_line.ipynb #1471c2fc
 app = Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
             epilog="Exit codes: 0 done, 1 an error and a sentence, 2 wrong command line, 3 images were skipped, "
                    "130 interrupted.")
@@ -29,17 +60,17 @@ def _about():
     On images of your own: prepare, signs new, fit, predict, evaluate. The command demo makes images to try them on.
     """
 
-def _command(function, app=app):  # one of its commands
-    @app.command(function.__name__.strip("_"))
-    @wraps(function)
-    def run(*args, **options):
-        try: return function(*args, **options)
-        except KeyboardInterrupt: code, said = 130, "stopped: nothing was half-written"
+def _command(function, app=app, stopped="nothing was half-written", **options):  # one of its commands
+    def run(**given):
+        try: return function(**_gathered(function, given))
+        except KeyboardInterrupt: code, said = 130, f"stopped: {stopped}"
         except BrokenPipeError: code, said = 0, ""  # the reader of standard output, such as head, has had enough
         except (ValueError, OSError, ImportError) as error: code, said = 1, f"error: {error}"
         if said: print(said, file=sys.stderr)
         raise Exit(code)
-    return run
+    run.__signature__, run.__doc__ = Signature([*_parameters(function)]), function.__doc__
+    app.command(**{"name": function.__name__.strip("_"), "cls": _Several, **options})(run)
+    return function
 
 # %% ../../nbs/app/02_command_line.ipynb #ca48f453
 def shell(
@@ -50,80 +81,45 @@ def shell(
     except SystemExit as end: return end.code or 0
     return 0
 
-# %% ../../nbs/app/02_command_line.ipynb #ba494992
-_Model = Annotated[str, Argument(metavar="MODEL", help="file that sdmad fit has written")]
-_Output = Annotated[str, Option("--output", "-o", metavar="FILE", help="table as CSV; printed where it is left out")]
-_Calibrated = Annotated[bool, Option("--calibrated", help="decide by the threshold that fit --sensitivity has set")]
-_Named = Annotated[str, Option(metavar="NAME", help="the model's backbone, where it is from a hub or a folder: "
-                                                 "where it lies now")]
-_Moved = Annotated[str, Option(metavar="FILE", help="the backbone's weights, where their file has moved since the fit")]
-_Device = Annotated[str, Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")]
-_Signs = Annotated[str, Option(metavar="FILE", help="a sign file, or the name of a packaged one; FOLDER/signs.json "
-                                                    "where it is left out")]
-_Backbone = Annotated[str, Option(metavar="NAME", help="the CLIP model: a packaged one (small; for the demo's images "
-                                                       "demo), or one of open_clip's, such as ViT-L-14-quickgelu")]
-_Pretrained = Annotated[str, Option(metavar="NAME", help="the backbone's weights: a file, or a name that open_clip "
-                                                         "knows, such as openai; a packaged one has its own")]
-_ImageSize = Annotated[int, Option(metavar="PIXELS", help="size of the images for the backbone; its own where 0")]
-
 # %% ../../nbs/app/02_command_line.ipynb #3aa1708d
-def _check_place(what, path, folder=False):  # OSError where it could not be written later; "" is fine
-    place = Path(os.path.realpath(path))
-    if not path or place.is_char_device() or place.is_fifo(): return
-    if place.exists() and place.is_dir() != folder:
-        raise OSError(f"{what} {path} is {'no' if folder else 'a'} folder: choose another name")
-    near = next(one for one in (*[place] * folder, *place.parents) if one.exists())
-    if not near.is_dir() or not os.access(near, os.W_OK):
-        raise OSError(f"{what} {path} cannot be written: {near} is no folder, or not yours to write to")
+def _check_place(*place, **options):
+    from sdmad_nb.data.writer import check_place
+    check_place(*place, **options)
 
-def _check_model(path):  # OSError
-    if not Path(path).resolve().parent.is_dir():
-        raise OSError(f"output {path}: its folder does not exist, make it first")
-    _check_place("output", path)
-
-def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
-
-def _write_csv(tables, target):  # file name, or an open file
-    from sdmad_nb.core.config import write_atomically
-    def write(file):
-        for number, table in enumerate(tables):
-            texts = {name: table[name].map(_harmless) for name in table if table[name].dtype.kind not in "biuf"}
-            table.assign(**texts).rename(columns=_harmless).to_csv(file, index=False, header=number == 0)
-    def write_file(path):
-        with path.open("w", encoding="utf-8", newline="") as file: write(file)
-    if isinstance(target, str): write_atomically(target, write_file)
-    else: write(target)
+def _write_csv(tables, target):  # texts that a spreadsheet would take for formulas stand behind an apostrophe
+    from sdmad_nb.data.writer import write_csv
+    shown = lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+    texts = lambda table: {name: table[name].map(shown) for name in table if table[name].dtype.kind not in "biuf"}
+    write_csv(target, (table.assign(**texts(table)).rename(columns=shown) for table in tables))
 
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf868
 @_command
 def _fit(
-    data: Annotated[str, Argument(metavar="FOLDER", help="a data-set folder (sdmad prepare makes one), or demo")],
+    folder,  # a data-set folder (sdmad prepare makes one), or demo
     output: Annotated[str, Option("--output", "-o", metavar="FILE", help="the model, such as mine.safetensors")],
-    shots: Annotated[int, Option(metavar="NUMBER", help="images of each finding; all where left out")] = None,
-    method: Annotated[str, Option(metavar="NAME", help="one that sdmad methods lists; the paper's own is "
-                                                        "sd-mad")] = "sd-mad-unmixed",
-    seed: Annotated[int, Option(metavar="NUMBER", help="another one makes other random choices")] = 0,
-    signs: _Signs = "",
-    sensitivity: Annotated[float, Option(metavar="SHARE", help="also set a threshold that finds this share of the "
-                                                               "findings, such as 0.9 (predict --calibrated)")] = None,
-    backbone: _Backbone = "auto",
-    pretrained: _Pretrained = "",
-    image_size: _ImageSize = 0,
-    epochs: Annotated[int, Option(metavar="NUMBER", help="how often training sees each image [default: 50]")] = None,
-    lam: Annotated[float, Option(metavar="SHARE", help="how much of CLIP's own features the adapters keep, from 0 to 1 "
-                                                       "[default: 0.8]")] = None,
-    device: _Device = "auto",
-    precision: Annotated[str, Option(metavar="NAME", help="of the backbone: fp32, bf16, or auto, the faster")] = "auto",
+    shots: int = None,  # images of each finding; all where left out
+    method: str = "sd-mad-unmixed",  # one that sdmad methods lists; the paper's own is sd-mad
+    seed: int = 0,  # another one makes other random choices
+    signs: str = "",  # a sign file, or the name of a packaged one; FOLDER/signs.json where it is left out
+    sensitivity: float = None,  # also set a threshold that finds this share, such as 0.9 (predict --calibrated)
+    backbone: str = "auto",  # small or demo, which are packaged, or one of open_clip, as ViT-L-14-quickgelu
+    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip, such as openai
+    image_size: int = 0,  # size of the images for the backbone, in pixels; its own where 0
+    epochs: int = None,  # how often training sees each image [default: 50]
+    lam: float = None,  # share of CLIP's own features that the adapters keep, from 0 to 1 [default: 0.8]
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
+    precision: str = "auto",  # of the backbone: fp32, bf16, or auto, the faster
 ):
     "Fit a model on a data-set folder and write it to a file."
-    _check_model(output)
+    if not Path(output).resolve().parent.is_dir():
+        raise OSError(f"output {output}: its folder does not exist, make it first")
+    _check_place("output", output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
     choices |= dict(epochs=epochs, lam=lam)
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD, Config
         config = Config(**{name: value for name, value in choices.items() if value is not None})
-        model = SDMAD.fit(data, shots, seed, signs, config, device, sensitivity, method)
+        model = SDMAD.fit(folder, shots, seed, signs, config, device, sensitivity, method)
         print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
@@ -134,17 +130,16 @@ _WARNING = ("warning: left-out images with a finding score no higher than those 
 # %% ../../nbs/app/02_command_line.ipynb #ba494993
 @_command
 def _predict(
-    model: _Model,
-    images: Annotated[list[str], Argument(metavar="IMAGES", help="image files, DICOM, NIfTI, or folders of them")],
-    output: _Output = "",
-    heatmaps: Annotated[str, Option(metavar="FOLDER", help="also draw each image with maps of the findings, and "
-                                    "write the maps of each NIfTI volume in its geometry")] = "",
-    batch_size: Annotated[int, Option(min=1, metavar="NUMBER", help="images at a time")] = 32,
-    skip_bad: Annotated[bool, Option("--skip-bad", help="leave out images that cannot be read, and list them")] = False,
-    calibrated: _Calibrated = False,
-    pretrained: _Moved = "",
-    backbone: _Named = "",
-    device: _Device = "auto",
+    model,  # file that sdmad fit has written
+    images: list[str],  # image files, DICOM, NIfTI, or folders of them
+    output: str = "",  # table as CSV; printed where it is left out
+    heatmaps: str = "",  # folder: draw each image with maps of the findings, and write those of NIfTI in its geometry
+    batch_size: Annotated[int, Option(min=1, help="images at a time")] = 32,
+    skip_bad: bool = False,  # leave out images that cannot be read, and list them
+    calibrated: bool = False,  # decide by the threshold that fit --sensitivity has set
+    pretrained: str = "",  # the backbone's weights, where their file has moved since the fit
+    backbone: str = "",  # the model's backbone, where it is from a hub or a folder: where it lies now
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
 ):
     "Predict the findings of images with a fitted model."
     _check_place("output", output), _check_place("heatmaps", heatmaps, folder=True)
@@ -185,29 +180,29 @@ def _draw_heatmaps(model, images, folder, skip_bad):
 # %% ../../nbs/app/02_command_line.ipynb #8f2738f5
 @_command
 def _evaluate(
-    model: _Model,
-    data: Annotated[str, Argument(metavar="FOLDER", help="a data-set folder with the same findings, or demo")],
-    output: _Output = "",
-    maps: Annotated[bool, Option("--maps", help="also compare the model's maps with the masks of the folder")] = False,
-    calibrated: _Calibrated = False,
-    pretrained: _Moved = "",
-    backbone: _Named = "",
-    device: _Device = "auto",
+    model,  # file that sdmad fit has written
+    folder,  # a data-set folder with the same findings, or demo
+    output: str = "",  # table as CSV; printed where it is left out
+    maps: bool = False,  # also compare the model's maps with the masks of the folder
+    calibrated: bool = False,  # decide by the threshold that fit --sensitivity has set
+    pretrained: str = "",  # the backbone's weights, where their file has moved since the fit
+    backbone: str = "",  # the model's backbone, where it is from a hub or a folder: where it lies now
+    device: str = "auto",  # auto, cpu, cuda, cuda:1 or mps
 ):
     "Test a fitted model on a data-set folder."
     _check_place("output", output)
     target = output or sys.stdout
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
-        table = SDMAD.load(model, pretrained, device, backbone).evaluate(data, calibrated=calibrated, maps=maps)
+        table = SDMAD.load(model, pretrained, device, backbone).evaluate(folder, calibrated=calibrated, maps=maps)
         for note in table.attrs["notes"]: print(f"note: {note}")
         _write_csv([table.reset_index()], target)
 
 # %% ../../nbs/app/02_command_line.ipynb #126a04f6
 @_command
 def _demo(
-    output: Annotated[str, Option("--output", "-o", metavar="FOLDER", help="where to; the cache where left out")] = "",
-    slice: Annotated[int, Option(metavar="NUMBER", help="height in the head: 0, 5 or 10")] = 5,
+    output: str = "",  # folder; the cache where it is left out
+    slice: int = 5,  # height in the head: 0, 5 or 10
 ):
     "Make the demo's images and say what to do with them."
     from sdmad_nb.data.phantom import make_demo
@@ -228,22 +223,27 @@ def _methods():
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows: print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
 
-@app.command("prepare", add_help_option=False,
-             context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def _prepare(context: Context):
-    "Make a data-set folder from your images or a public set."
-    from sdmad_nb.data.prepare import prepare
-    raise Exit(prepare(context.args))
+# %% ../../nbs/app/02_command_line.ipynb #fbd5e6d5
+class _Prepare(TyperGroup):
+    def parse_args(self, context, words):
+        from sdmad_nb.data.prepare import COMMANDS
+        group = Typer(rich_markup_mode=None)
+        for name, function in COMMANDS.items():
+            _command(function, group, "the same command goes on from here", name=name)
+        self.commands = get_command(group).commands
+        return super().parse_args(context, words)
+
+app.add_typer(Typer(no_args_is_help=True, help="Make a data-set folder from your images or a public set. data_links.md "
+                    "says where public sets are and what has to be signed."), name="prepare", cls=_Prepare)
 
 # %% ../../nbs/app/02_command_line.ipynb #0f165f55
 _group = Typer(no_args_is_help=True, help="Start a sign file, and see what a backbone makes of it.")
 app.add_typer(_group, name="signs")
-_Folder = Annotated[str, Argument(metavar="FOLDER", help="a data-set folder")]
 
 @partial(_command, app=_group)
 def _new(
-    folder: _Folder,
-    object: Annotated[str, Option(metavar="WORDS", help="what the images show: brain, \"chest X-ray\", ...")],
+    folder,  # a data-set folder
+    object: Annotated[str, Option(help="what the images show: brain, \"chest X-ray\", ...")],
 ):
     "Start a signs.json, and print a request for a language model."
     from sdmad_nb.app.sign_tools import new_signs, sign_request
@@ -259,12 +259,12 @@ def _new(
 # %% ../../nbs/app/02_command_line.ipynb #e5ebbeae
 @partial(_command, app=_group)
 def _check(
-    folder: _Folder,
-    output: Annotated[str, Option("--output", "-o", metavar="FILE", help="also draw how alike signs are")] = "",
-    signs: _Signs = "",
-    backbone: _Backbone = "small",
-    pretrained: _Pretrained = "",
-    image_size: _ImageSize = 0,
+    folder,  # a data-set folder
+    output: str = "",  # picture file: also draw how alike signs are
+    signs: str = "",  # a sign file, or the name of a packaged one; FOLDER/signs.json where it is left out
+    backbone: str = "small",  # small or demo, which are packaged, or one of open_clip, as ViT-L-14-quickgelu
+    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip, such as openai
+    image_size: int = 0,  # size of the images for the backbone, in pixels; its own where 0
 ):
     "Show which signs a backbone cannot read or tell apart."
     from matplotlib.figure import Figure

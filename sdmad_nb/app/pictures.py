@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
+from ..data.folder import read_table
 from ..data.images import MIN_SIDE, DataError, ImageReader, emptiness, find_images, find_spelling, to_rgb
 
 # %% ../../nbs/app/00_1_pictures.ipynb #87df31fd
@@ -68,9 +68,8 @@ def _files(images):  # file or folder -> (name, path) pairs, names of files that
         found = find_images(folder, ())
         rest = sorted({*find_images(folder, ("",))} - {*found})
         return [(path.as_posix(), folder / path) for path in found], [str(folder / path) for path in rest]
-    listed = pd.read_csv(table, dtype=str, encoding="utf-8-sig").get("image")
-    if listed is None: raise DataError(f"{table} has no column 'image': add it, or name the folder with the images")
-    return [(name, folder / find_spelling(folder, name)) for name in listed.dropna()], []
+    listed = read_table(table, {"image": (".+", "write the path of its file, or delete the line")})["image"]
+    return [(name, folder / find_spelling(folder, name)) for name in listed], []
 
 def _slices(name, path, reader):  # a file -> its slices; DataError
     info = reader.inspect(path)

@@ -23,20 +23,8 @@ from ..core.config import Config, write_atomically
 from ..core.detector import SignDetector
 from ..core.losses import cosine_similarity
 from ..core.signs import SignError, SignSet, normal_prompts, read_signs, restrict, sign_prompts
-from ..data.folder import RESERVED
-from ..data.images import DataError
+from ..data.folder import read_findings
 from ..data.open_data import signs_file
-
-# %% ../../nbs/app/00_3_sign_tools.ipynb #e3826a53
-def _findings(folder):  # -> C names; DataError
-    table = Path(folder) / "labels.csv"
-    try: header = pd.read_csv(table, header=None, nrows=1, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{table} cannot be read ({error}): give a folder that sdmad prepare has made") from error
-    names = [name.strip() for name in header.loc[0]]
-    found = [name for name in dict.fromkeys(names) if name and name not in RESERVED]
-    if found and "image" in names: return found
-    raise DataError(f"{table} has the header {', '.join(names)}: write image,patient,<finding>,... separated by commas")
 
 # %% ../../nbs/app/00_3_sign_tools.ipynb #6f5b0f05
 _NORMALS = ("a normal {object}", "a normal {object} without any abnormality", "an unremarkable {object}",
@@ -50,7 +38,7 @@ def new_signs(
     object: str,  # what the images show, such as "brain" or "chest X-ray"
 ) -> Path:  # its signs.json, with an empty list for each finding; DataError, SignError
     "Write a sign file to fill in, for the findings of a folder."
-    path, names = Path(folder) / "signs.json", _findings(folder)
+    path, names = Path(folder) / "signs.json", read_findings(folder)
     if os.path.lexists(path): raise SignError(f"{path} is there already: fill it in, or rename it to make a new one")
     sound = SignSet(object, _NORMALS, {name: ["not written yet"] for name in names}, _TEMPLATES)
     text = json.dumps({**asdict(sound), "signs": {name: [] for name in names}}, indent=2, ensure_ascii=False) + "\n"
@@ -93,7 +81,7 @@ def frozen_signs(
     signs: str = "",  # see `signs_file`
 ) -> SignDetector:  # zero-shot CLIP; SignError for a finding without signs or for signs that are too long
     "Encode the signs of a folder without fitting anything."
-    file, names, limit = signs_file(folder, signs), _findings(folder), clip.tokenizer([""]).shape[1]
+    file, names, limit = signs_file(folder, signs), read_findings(folder), clip.tokenizer([""]).shape[1]
     whole = read_signs(file)
     if lost := [name for name in names if name not in whole.signs]:
         raise SignError(f"{file} has no signs for {', '.join(lost)}: add some, with the name as in labels.csv")
@@ -146,13 +134,13 @@ def draw_signs(
     cosine = cosine_similarity(detector.sign_features, detector.sign_features).cpu().numpy()  # (S, S)
     sns.heatmap(cosine, mask=np.eye(count, dtype=bool), vmax=1, cmap="viridis", square=True, ax=ax,
                 xticklabels=range(1, count + 1), cbar_kws={"label": "cosine of two signs", "shrink": 0.6},
-                yticklabels=[f"{text}  {'' if keep else '× '}{number}"
+                yticklabels=[f"{text}  {'' if keep else '× '}{number}".replace("$", r"\$")
                              for number, (text, keep) in enumerate(zip(signs.texts, detector.keep.tolist()), 1)])
     end = 0
     for name, group in signs.signs.items():
         start, end = end, end + len(group)
         ax.add_patch(Rectangle((start, start), len(group), len(group), fill=False, edgecolor="crimson", linewidth=2))
-        ax.text((start + end) / 2, -0.3, name, rotation=30, ha="left", va="bottom", fontsize=9)
+        ax.text((start + end) / 2, -0.3, name, rotation=30, ha="left", va="bottom", fontsize=9, parse_math=False)
     ax.set(facecolor="0.85", xlabel="sign", ylabel="")
     ax.tick_params(labelsize=9, rotation=0, length=0)
     return ax

@@ -140,7 +140,6 @@ def _from_torchscript(name, path):  # OpenAI's files hold the tensors of a plain
     model.load_state_dict({key: value for key, value in state.items() if key not in sizes})
     return model
 
-# %% ../../nbs/data/08_backbones.ipynb #40d8a5dd
 def _check_quickgelu(name, pretrained):  # raises ValueError that names the right model
     plain = name.removesuffix("-quickgelu")
     has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))

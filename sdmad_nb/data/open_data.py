@@ -11,21 +11,20 @@ import shutil
 from pathlib import Path
 
 from ..core.signs import SignError, preset_names, preset_path, read_signs
-from .folder import RESERVED, read_dataset
+from .folder import read_dataset, read_findings
 from .images import DataError
-from .phantom import SLICES, demo_folder, make_demo
+from .phantom import demo_folder, make_demo
 
 # %% ../../nbs/data/03_0_open_data.ipynb #1f127720
 def signs_file(
     folder,  # of the data set
     signs: str = "",  # name of a preset, or a file; empty looks in the folder
-) -> Path:  # SignError where there is none
+) -> Path:  # SignError where there is none, DataError for labels without a header
     "Find the signs for a data set."
     own, labels = Path(folder) / "signs.json", Path(folder) / "labels.csv"
     if signs: return preset_path(signs)
     if own.is_file(): return own
-    header = labels.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0] if labels.is_file() else ""
-    categories = {name.strip() for name in header.split(",")} - set(RESERVED)
+    categories = set(read_findings(folder)) if labels.is_file() else ()
     for name in preset_names():
         if set(read_signs(preset_path(name)).categories) == categories: return preset_path(name)
     raise SignError(f"{folder} has no signs.json: 'sdmad signs new' makes one, or set signs to a file or "
@@ -40,19 +39,15 @@ def _open_demo(make, signs):  # function that makes the demo or finds it -> Data
     shutil.rmtree(folder)
     return read_dataset(make(), sign_set), sign_set
 
-# %% ../../nbs/data/03_0_open_data.ipynb #8347e87b
 def open_data(
     data: str = "demo",  # "demo" or a data-set folder
     slice: int = 5,  # of the demo: 0, 5 or 10
     signs: str = "",  # see `signs_file`
     small: bool = False,  # a demo of 30 images, for a quick look
     draw: int = 0,  # of the demo: which independent data set
-) -> tuple:  # DataSet and SignSet; DataError or SignError naming every fault
+) -> tuple:  # DataSet and SignSet; DataError or SignError naming every fault, ValueError for a slice
     "Open a data set and its signs."
     if data == "demo":
-        if slice not in SLICES:
-            raise DataError(f"slice is {slice!r}: the demo has slices {list(SLICES)}; "
-                            "for your own images set data to their folder")
         if signs: preset_path(signs)  # refuse a wrong name before images are made
         whole = demo_folder(slice, draw)
         few = dict(folder=whole.with_name(whole.name.replace("demo-", "demo-small-")), images=24, normals=6)

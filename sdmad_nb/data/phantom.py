@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from ..core.config import numpy_generator
 from .cache import cache_folder
+from .folder import BOX_COLUMNS
+from .writer import Row, rows_table, write_csv
 
 # %% ../../nbs/data/02_phantom.ipynb #f1d3e96c
 CATEGORIES = ("Craniotomy", "Posttreatment change", "Nonspecific lesion", "Dural thickening", "Enlarged ventricles",
@@ -132,7 +134,6 @@ def _draw_flap(generator):
                            swelling=generator.uniform(1.5, 5.0),  # mm of the scalp above
                            gap=generator.uniform(2.0, 4.5))  # mm, width of the saw line
 
-# %% ../../nbs/data/02_phantom.ipynb #29c0580f
 def _turn(angle, middle): return (angle - middle + np.pi) % (2 * np.pi) - np.pi  # in [-pi, pi)
 
 def _inside_flap(angle, flap): return (flap.half_width - np.abs(_turn(angle, flap.middle))) * 75.0  # mm
@@ -268,7 +269,8 @@ def combinations() -> dict:  # slice -> list of (findings, images)
 # %% ../../nbs/data/02_phantom.ipynb #03246a5b
 def _scaled_combinations(slice_number, images):  # -> list of (findings, images), which sum to `images`
     if slice_number not in SLICES:
-        raise ValueError(f"slice is {slice_number!r}: the demo has slices {list(SLICES)}")
+        raise ValueError(f"slice is {slice_number!r}: the demo has slices {list(SLICES)}; "
+                         "for your own images set data to their folder")
     findings, counts = zip(*combinations()[slice_number])
     exact = np.array(counts) * images / sum(counts)
     whole = np.floor(exact).astype(int)
@@ -316,12 +318,10 @@ def _write_demo(folder, rows, seed, jobs):
     written = tqdm(written, f"demo images, slice {seed[0]}", len(rows), unit="image")
     boxes = [box for boxes in written for box in boxes]
     present = [name for name in CATEGORIES if any(name in row["findings"] for row in rows)]
-    labels = [{"image": f"images/{row['name']}.png", "patient": row["patient"],
-               **{name: int(name in row["findings"]) for name in present},
-               "mask": f"masks/{row['name']}.png" if row["findings"] else ""} for row in rows]
-    boxes = pd.DataFrame(boxes, columns=["image", "category", "x", "y", "width", "height"])
-    for name, table in (("boxes", boxes), ("labels", pd.DataFrame(labels))):
-        table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    images = [Row(f"images/{row['name']}.png", row["patient"], row["findings"],
+                  mask=f"masks/{row['name']}.png" * bool(row["findings"])) for row in rows]
+    write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
+    write_csv(folder / "labels.csv", [rows_table(images, present)])
     (folder / "signs.json").write_bytes((_ASSETS / "signs" / "fastmri_plus.json").read_bytes())
 
 # %% ../../nbs/data/02_phantom.ipynb #8f6940e6
@@ -329,7 +329,6 @@ def demo_folder(slice_number: int, draw: int = 0) -> Path:
     "Name the folder of a demo inside the cache."
     return cache_folder("data", "version1") / f"demo-slice{slice_number}{f'-draw{draw}' if draw else ''}"
 
-# %% ../../nbs/data/02_phantom.ipynb #1f8500f2
 def make_demo(
     slice_number: int = 5,  # 0, 5 or 10
     draw: int = 0,  # which independent data set; tables use 0

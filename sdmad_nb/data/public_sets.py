@@ -8,33 +8,24 @@ __all__ = ['BMAD', 'bmad', 'bmad_split', 'chestxray14', 'oct2017']
 # %% ../../nbs/data/06_public_sets.ipynb #cf01b555
 import re
 from collections import defaultdict
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ..core.signs import preset_path, read_signs
-from .folder import DataSet, dataset_fingerprint
+from .folder import DataSet, dataset_fingerprint, read_table
 from .images import DataError, ImageReader, Pixels, find_images, reading
 from .splits import Split
-from .writer import Preparation, Row, digest, read_table
+from .writer import Preparation, Row, digest
 
 # %% ../../nbs/data/06_public_sets.ipynb #3b7aea00
-class _Benchmark(NamedTuple):
-    category: str
-    preset: str  # of signs
-    patient: str  # regular expression with one group, on the file's stem; "" = no patient in the name
-
-BMAD = {
-    "brain": _Benchmark("Brain tumour", "bmad_brain", r"^(\w+?)_\d+$"),
-    "liver": _Benchmark("Liver tumour", "bmad_liver", r"^(\w+?)_\d+$"),
-    "resc": _Benchmark("Retinal oedema", "bmad_resc", r"^(\w+?)_\d+$"),
-    "oct2017": _Benchmark("Retinal disease", "bmad_oct17", r"^[A-Za-z]+-(\d+)-\d+$"),
-    "chest": _Benchmark("Chest abnormality", "bmad_chest", ""),
-    "histopathology": _Benchmark("Metastasis", "bmad_histology", ""),
+BMAD = {  # the finding, the preset of its signs, and where the stem of a file's name holds the patient; "" = nowhere
+    "brain": ("Brain tumour", "bmad_brain", r"^(\w+?)_\d+$"),
+    "liver": ("Liver tumour", "bmad_liver", r"^(\w+?)_\d+$"),
+    "resc": ("Retinal oedema", "bmad_resc", r"^(\w+?)_\d+$"),
+    "oct2017": ("Retinal disease", "bmad_oct17", r"^[A-Za-z]+-(\d+)-\d+$"),
+    "chest": ("Chest abnormality", "bmad_chest", ""),
+    "histopathology": ("Metastasis", "bmad_histology", ""),
 }
 
-# %% ../../nbs/data/06_public_sets.ipynb #6a67ef97
 _PARTS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 
 def _bmad_place(path):  # relative -> (part, "good" or "Ungood", whether it is a mask), or None outside the layout
@@ -56,13 +47,13 @@ def _bmad_files(images, parts):  # -> {(part, verdict, stem): image path}, the s
     bare = [str(path) for key, path in files.items() if key[1] == "Ungood" and masks and key not in masks]
     return files, masks, {**out, "masks of abnormal images that have none": bare}
 
-def _bmad_row(images, key, path, mask, benchmark, reader):  # one image and its mask or None -> Row
+def _bmad_row(images, key, path, mask, kind, reader):  # one image and its mask or None -> Row
     part, verdict, stem = key
-    name, found = "_".join(key), re.match(benchmark.patient, stem) if benchmark.patient else None
+    name, (category, _, patient) = "_".join(key), BMAD[kind]
+    found = re.match(patient, stem) if patient else None
     return Row(f"images/{reader.stored_name(name + path.suffix)}", found[1] if found else name,
-               (benchmark.category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
-               f"masks/{name}.png" if mask else "", read=partial(reader.stored, images / path),
-               read_mask=mask and partial(reader.mask, images / mask), sources=(images / path, mask and images / mask))
+               (category,) if verdict == "Ungood" else (), "test" if part == "test" else "train",
+               f"masks/{name}.png" if mask else "", source=images / path, mask_source=mask and images / mask)
 
 # %% ../../nbs/data/06_public_sets.ipynb #0cc0e9ed
 def _bmad_kind(images, kind):  # -> a key of BMAD; DataError
@@ -82,19 +73,19 @@ def bmad(
     size: int = 0,  # largest short side in pixels; 0 keeps the images as they are
     skip_broken: bool = False,  # leave out images that cannot be read, and list them
 ) -> Path:  # the folder; DataError
-    "Prepare one set of BMAD, normal or not, with masks where it has them."
-    benchmark, reader = BMAD[_bmad_kind(images, kind)], ImageReader(Pixels(size=size))
+    "Prepare one set of BMAD, with masks where it has them."
+    kind, reader = _bmad_kind(images, kind), ImageReader(Pixels(size=size))
     if not set(parts) <= {"train", "valid", "test"} or "test" not in parts or len(set(parts)) < 2:
         raise DataError(f"parts is {list(parts)}: name test, and train or valid to draw shots from")
     files, masks, left_out = _bmad_files(images, parts)
     if len({verdict for _, verdict, _ in files}) < 2:
         raise DataError(f"images {images} has no good and Ungood images of the parts {', '.join(parts)}: give the "
                         "folder that holds valid and test")
-    rows = [_bmad_row(Path(images), key, path, masks.get(key), benchmark, reader) for key, path in files.items()]
-    settings = {"category": benchmark.category, "parts": list(parts), "pixels": asdict(reader.pixels),
-                "files": digest(sorted(files.items()), sorted(masks))}
-    folder, signs = Preparation(out, images, "bmad", settings), read_signs(preset_path(benchmark.preset))
-    return folder.write(rows, [benchmark.category], signs, left_out, skip_broken)
+    rows = [_bmad_row(Path(images), key, path, masks.get(key), kind, reader) for key, path in files.items()]
+    category, preset, _ = BMAD[kind]
+    settings = {"category": category, "parts": list(parts), "files": digest(sorted(files.items()), sorted(masks))}
+    folder, signs = Preparation(out, images, "bmad", settings, reader), read_signs(preset_path(preset))
+    return folder.write(rows, [category], signs, left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #b5a692ee
 def bmad_split(shot_list, dataset: DataSet, draw: int = 0) -> Split:  # DataError
@@ -147,17 +138,16 @@ def chestxray14(
         tested = set(Path(test_list).read_text(encoding="utf-8").split() if test_list else ())
     paths = {path.name: path for path in reversed(found)}
     wanted = [name for name in table if name in paths and (not table[name][1] or {*table[name][1]} & {*findings})]
-    file = lambda name: Path(images) / paths[name]
     rows = [Row(f"images/{name}", table[name][0], tuple(finding for finding in findings if finding in table[name][1]),
                 ("test" if name in tested else "train") if test_list else "",
-                read=partial(reader.stored, file(name)), sources=(file(name),)) for name in wanted]
+                source=Path(images) / paths[name]) for name in wanted]
     left_out = {"listed images that are not in the folder": sorted(table.keys() - paths.keys()),
                 "images that are not listed": sorted(paths.keys() - table.keys()),
                 "images of a name that another one has": [str(path) for path in found if paths[path.name] != path],
                 "images with other findings only": sorted(paths.keys() & table.keys() - set(wanted))}
-    settings = {"findings": list(findings), "pixels": asdict(reader.pixels), "files": digest(sorted(paths)),
+    settings = {"findings": list(findings), "files": digest(sorted(paths)),
                 "labels": digest(Path(labels).read_bytes(), sorted(tested))}
-    return Preparation(out, images, "chestxray14", settings).write(
+    return Preparation(out, images, "chestxray14", settings, reader).write(
         rows, findings, read_signs(preset_path("chestxray14")), left_out, skip_broken)
 
 # %% ../../nbs/data/06_public_sets.ipynb #de5bb687
@@ -170,7 +160,7 @@ def _oct_row(images, path, reader):  # folder, relative path -> Row, or None whe
     if not found or found[1] not in path.parts[:-1] or len(parts) > 1: return None
     return Row(f"images/{parts[0]}_{reader.stored_name(path.name)}", found[2],
                () if found[1] == "NORMAL" else (found[1],), {"all": "", "test": "test"}.get(parts[0], "train"),
-               read=partial(reader.stored, images / path), sources=(images / path,))
+               source=images / path)
 
 # %% ../../nbs/data/06_public_sets.ipynb #2aa6743c
 def oct2017(
@@ -185,6 +175,6 @@ def oct2017(
     if not any(rows.values()):
         raise DataError(f"images {images} has no file such as CNV/CNV-1016042-1.jpeg: give the folder of OCT2017")
     strange = {"files outside OCT2017's layout": [str(path) for path, row in rows.items() if row is None]}
-    folder = Preparation(out, images, "oct2017", {"pixels": asdict(reader.pixels), "files": digest(sorted(rows))})
+    folder = Preparation(out, images, "oct2017", {"files": digest(sorted(rows))}, reader)
     rows, signs = [row for row in rows.values() if row], read_signs(preset_path("oct2017"))
     return folder.write(rows, _OCT_CLASSES, signs, strange, skip_broken)

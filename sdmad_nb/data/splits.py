@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ..core.config import numpy_generator, write_atomically
+from ..core.config import Config, numpy_generator, write_atomically
 from ..core.inputs import InputError, read_json, schema_faults
 from .folder import DataSet, dataset_fingerprint
 from .images import DataError
@@ -35,7 +35,6 @@ class Split:
     test: _NAMES = ()  # image names; a file without them means all that the level allows
     fingerprint: str = ""  # `dataset_fingerprint` when it was drawn; "" where a user's file does not say
 
-# %% ../../nbs/data/01_1_splits.ipynb #7b62aef5
 def indices(
     dataset: DataSet,
     names,  # image names as in labels.csv
@@ -53,11 +52,11 @@ def _draw(dataset, chosen, count, seed, *purpose):  # (N,) bool -> a set of `cou
     order = numpy_generator(seed, "shots", *purpose).permutation(len(names))
     return {names[i] for i in order[:count]}
 
-def _support(dataset, allowed, shots, normal_shots, seed):  # -> names; DataError where there are too few
+def _support(dataset, allowed, config):  # -> names; DataError where there are too few
+    shots, seed, normal = config.shots, config.seed, ~dataset.labels.any(1)
+    normal_shots = config.normal_shots if config.normal_shots >= 0 else shots * normal.any()
     has = {category: (dataset.labels[:, c] == 1) & allowed for c, category in enumerate(dataset.categories)}
     short = [f"{category!r} has {mask.sum()}" for category, mask in has.items() if mask.sum() < shots]
-    normal = ~dataset.labels.any(1)
-    if normal_shots in (None, -1): normal_shots = shots if normal.any() else 0
     if (normal & allowed).sum() < normal_shots:
         short.append(f"normal images are {(normal & allowed).sum()} of {normal_shots} (normal_shots=0 does without)")
     if short:
@@ -79,23 +78,16 @@ def _test_names(dataset, train, level):  # names of the support -> names of the 
 # %% ../../nbs/data/01_1_splits.ipynb #bc60399c
 def draw_split(
     dataset: DataSet,
-    shots: int,  # K images per category
-    seed: int,  # another seed, another draw
-    normal_shots: int = None,  # normal images; None or -1 = K, or 0 where the data set has none
-    level: str = "patient",  # "patient" or "image", see above
+    config: Config,  # shots, normal_shots (-1 = K, or 0 where the data set has none), seed and split_level
 ) -> Split:  # train and test in the order of labels.csv; DataError with counts where there are too few images
     "Draw the images to learn from and keep the rest for the test."
-    if level not in ("patient", "image"): raise DataError(f"level is {level!r}: use patient or image")
-    if shots < 1 or (normal_shots or 0) < -1:
-        raise DataError(f"shots is {shots} and normal_shots {normal_shots}: draw at least 1 image per category "
-                        "and at least 0 normal ones")
     allowed = np.array(dataset.split or ("train",) * len(dataset), dtype=object) == "train"
-    train = _support(dataset, allowed, shots, normal_shots, seed)
+    train, shots, seed, level = _support(dataset, allowed, config), config.shots, config.seed, config.split_level
     test = _test_names(dataset, train, level)
     for category, positives in zip(dataset.categories, dataset.labels[indices(dataset, test)].sum(0)):
         if not positives: print(f"note: no test image of {dataset.name} has {category!r} ({shots} shots, seed {seed})")
     train = tuple(image for image in dataset.images if image in train)
-    return Split(dataset.name, int(shots), int(seed), level, train, test, dataset_fingerprint(dataset))
+    return Split(dataset.name, shots, seed, level, train, test, dataset_fingerprint(dataset))
 
 # %% ../../nbs/data/01_1_splits.ipynb #e43251f7
 def hold_out(

@@ -19,7 +19,7 @@ from ..core.clip import Clip, Features
 from ..core.detector import Support
 from ..core.signs import SignSet
 from .folder import DataSet
-from .images import ImageFiles, load_mask, load_rgb
+from .images import ImageFiles, load_rgb
 
 # %% ../../nbs/data/09_support.ipynb #df07af3c
 def read_features(
@@ -65,11 +65,10 @@ def read_masks(
 ) -> list:  # (H, W) bool for each, of the image's own size; None for an abnormal image without a mask
     "Read where images are abnormal."
     def read(row):
-        if dataset.masks and dataset.masks[row]: return load_mask(dataset.folder / dataset.masks[row])
-        return None if dataset.labels[row].any() else np.zeros(load_rgb(dataset.path(row)).size[::-1], bool)
+        if (mask := dataset.mask(row)) is not None or dataset.labels[row].any(): return mask
+        return np.zeros(load_rgb(dataset.path(row)).size[::-1], bool)
     return [read(int(row)) for row in rows]
 
-# %% ../../nbs/data/09_support.ipynb #e6013461
 def read_support(
     dataset: DataSet,
     rows,  # K row numbers

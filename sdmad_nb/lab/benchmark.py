@@ -77,7 +77,7 @@ def open_benchmark(
 
 # %% ../../nbs/lab/06_benchmark.ipynb #f524159f
 def _draw(dataset, config):
-    return draw_split(dataset, config.shots, config.seed, config.normal_shots, config.split_level)
+    return draw_split(dataset, config)
 
 # %% ../../nbs/lab/06_benchmark.ipynb #dc9da055
 def each_patient(benchmark: Benchmark) -> list:  # of Benchmarks, one per patient; ValueError where the split is given
