@@ -93,6 +93,19 @@ def test_methods_are_listed(fitted):
     assert "oracle" not in done.stdout
 
 
+def test_backbones_are_listed(tmp_path):
+    "On standard output in two lines each, or as a table with all that is known."
+    done = sdmad("backbones", "--modality", "chest")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0].split() == ["name", "modality", "pixels", "parameters", "access", "licence", "tested"]
+    assert lines[1].startswith("CheXzero  ") and "    --backbone ViT-L-14-quickgelu --pretrained openai; the paper's" in done.stdout
+    assert "eye" not in {line.split()[1] for line in lines[1::2]} and "terms at the source" in done.stderr
+    done = sdmad("backbones", "-o", tmp_path / "list.csv")
+    assert done.returncode == 0 and {"seen", "source", "date"} <= set(pd.read_csv(tmp_path / "list.csv"))
+    done = sdmad("backbones", "--modality", "chst")
+    assert done.returncode == 1 and done.stdout == "" and "for 'chst', but for 'chest': choose one of" in done.stderr
+
+
 def test_maps_are_measured_where_they_are_asked_for(fitted):
     dataset, model = fitted
     done = sdmad("evaluate", model, dataset.folder, "--maps")
@@ -220,8 +233,9 @@ def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
     assert done.returncode == 1 and done.stderr.count("tokens in its prompts: shorten it") == 2 and done.stdout == ""
 
 
-COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["signs"], ["signs", "new"], ["signs", "check"],
-            ["prepare"], *(["prepare", name] for name in ("fastmri-plus", "bmad", "chestxray14", "oct2017", "own-folder"))]
+COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["backbones"], ["signs"], ["signs", "new"],
+            ["signs", "check"], ["prepare"], *(["prepare", name] for name in (
+                "fastmri-plus", "bmad", "chestxray14", "oct2017", "own-folder"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

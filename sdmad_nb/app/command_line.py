@@ -220,8 +220,33 @@ def _methods():
     rows = [("name", "title", "gives", "needs")]
     rows += [(name, method.title, ", ".join(method.gives), ", ".join(method.needs))
              for name, method in find_methods().items() if not method.oracle]
+    print("\n".join(_aligned(rows)))
+
+def _aligned(rows):  # tuples of texts -> lines
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows: print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+# %% ../../nbs/app/02_command_line.ipynb #82c99d3b
+@_command
+def _backbones(
+    modality: str = "",  # what images show: chest, eye, histology, skin, "any medical", general; all where left out
+    output: str = "",  # table as CSV; printed in short where it is left out
+):
+    "List CLIPs that can be the backbone, and how to name them."
+    from sdmad_nb.data.backbones import list_backbones
+    _check_place("output", output)
+    table = list_backbones(modality)
+    if output: return _write_csv([table], output)
+    facts = table[["name", "modality", "pixels", "parameters", "access", "licence", "tested"]]
+    facts = facts.assign(parameters=[f"{count} M" if count.isdigit() else count for count in facts.parameters])
+    head, *lines = _aligned([tuple(facts), *facts.itertuples(index=False)])
+    print(head)
+    for line, row in zip(lines, table.itertuples()):
+        named = f"--backbone {row.backbone}" + f" --pretrained {row.pretrained}" * bool(row.pretrained)
+        print(line, f"    {'; '.join(filter(None, (named * bool(row.backbone), row.how)))} ({row.source})", sep="\n")
+    print("tested: whether our code has opened the architecture, with random weights. What each has seen, and when all "
+          "this was looked up, is in the table that -o writes. The terms at the source are the ones that count.",
+          file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #fbd5e6d5
 class _Prepare(TyperGroup):
