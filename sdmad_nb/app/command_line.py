@@ -271,10 +271,10 @@ def _new(
     object: Annotated[str, Option(help="what the images show: brain, \"chest X-ray\", ...")],
 ):
     "Start a signs.json, and print a request for a language model."
-    from sdmad_nb.app.sign_tools import new_signs, sign_request
+    from sdmad_nb.app.sign_tools import new_signs
     from sdmad_nb.core.inputs import read_json
     path = new_signs(folder, object)
-    print(sign_request([*read_json(path)["signs"]], object))
+    print(read_json(path)["request"])
     print(f"{path} is written. Fill in the lists under \"signs\": three to five signs for each finding.\n"
           "The request above can be pasted into a language model. Put its answer into the file in the place of the {} "
           "behind \"candidates\", let somebody who reads such images choose from it, and copy what is chosen to "
