@@ -121,9 +121,15 @@ def _fit(
         config = Config(**{name: value for name, value in choices.items() if value is not None})
         model = SDMAD.fit(folder, shots, seed, signs, config, device, sensitivity, method)
         print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
+        print(_seen(model))
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #23770a21
+def _seen(model):  # -> sentence about its backbone
+    from sdmad_nb.data.backbones import backbone_seen
+    clip = model.detector.clip
+    return f"{backbone_seen(clip) or f'The backbone is {clip.name}'}."
+
 _WARNING = ("warning: left-out images with a finding score no higher than those without, so what was learned does not "
             "carry over to new images: try a backbone that has seen such images, other signs, or more shots")
 
@@ -148,6 +154,7 @@ def _predict(
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device, backbone)
         if heatmaps: fitted.check_maps()
+        print(_seen(fitted))
         _write_csv(fitted.stream(images, batch_size, calibrated, skipped, left_out), target)
         if heatmaps: _draw_heatmaps(fitted, images, Path(heatmaps), skip_bad)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
