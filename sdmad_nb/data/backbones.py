@@ -140,7 +140,7 @@ def _has_half_units(kind):  # type of a device
 def _is_torchscript(path):
     try:
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError): return False
+    except (zipfile.BadZipFile, FileNotFoundError, NotImplementedError, ValueError): return False  # no file is a tag
     return any(name.endswith("/constants.pkl") for name in names)
 
 def _from_torchscript(name, path):  # OpenAI's files hold the tensors of a plain CLIP, and three sizes
@@ -293,7 +293,8 @@ def list_backbones(
         near = get_close_matches(modality, known, 1)
         raise ValueError(f"no backbone is listed for {modality!r}{f', but for {near[0]!r}' if near else ''}: choose one "
                          f"of {', '.join(known)}")
-    return table[table.modality.isin([modality, "any medical", "general"])] if modality else table
+    wanted = [modality, "any medical", "general"] if modality else known
+    return table[table.modality.isin(wanted)]
 
 def backbone_seen(
     clip,  # a `Clip`, or its name
