@@ -290,9 +290,8 @@ def list_backbones(
     table = pd.read_csv(_ASSETS / "backbones.csv", dtype=str, keep_default_na=False)
     known = list(table.modality.unique())
     if modality and modality not in known:
-        near = get_close_matches(modality, known, 1)
-        raise ValueError(f"no backbone is listed for {modality!r}{f', but for {near[0]!r}' if near else ''}: choose one "
-                         f"of {', '.join(known)}")
+        near = "".join(f", but for {one!r}" for one in get_close_matches(modality, known, 1))
+        raise ValueError(f"no backbone is listed for {modality!r}{near}: choose one of {', '.join(known)}")
     wanted = [modality, "any medical", "general"] if modality else known
     return table[table.modality.isin(wanted)]
 
