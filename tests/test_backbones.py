@@ -351,8 +351,18 @@ def test_without_a_connection(monkeypatch):
     "A hub id or a tag ends in a sentence that says what to do."
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused((BIOMEDCLIP,), BIOMEDCLIP, "could not be fetched", "use local-dir:folder", kind=ConnectionError)
-    refused(("ViT-L-14-quickgelu", "openai"), "'openai'", "'ViT-L-14-quickgelu'", "pass its path as pretrained",
+    refused(("ViT-L-14-quickgelu", "openai"), "'openai'", "'ViT-L-14-quickgelu'", "Failed to download", "pass its path as pretrained",
             kind=ConnectionError)
+
+
+def test_published_weights_are_asked_of_open_clip(tiny, monkeypatch):
+    "By name and tag, which is never looked for as a file; a stand-in answers in the place of the download."
+    asked, create = [], open_clip.create_model
+    def answer(name, pretrained=None, **options):
+        asked.append((name, pretrained))
+        return create("tiny-quickgelu", pretrained=str(tiny / "tiny-quickgelu.pt"), **options)
+    monkeypatch.setattr(open_clip, "create_model", answer)
+    assert load_clip("ViT-L-14-quickgelu", "openai").depth == 6 and asked == [("ViT-L-14-quickgelu", "openai")]
 
 
 @pytest.mark.parametrize("name, image_size, says", [("RN50-quickgelu", 0, "ModifiedResNet has no transformer blocks"),

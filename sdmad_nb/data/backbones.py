@@ -135,7 +135,7 @@ def _has_half_units(kind):  # type of a device
 def _is_torchscript(path):
     try:
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError): return False
+    except (zipfile.BadZipFile, FileNotFoundError, NotImplementedError, ValueError): return False  # no file is a tag
     return any(name.endswith("/constants.pkl") for name in names)
 
 def _from_torchscript(name, path):  # OpenAI's files hold the tensors of a plain CLIP, and three sizes
@@ -295,10 +295,10 @@ def list_backbones(
     table = pd.read_csv(_ASSETS / "backbones.csv", dtype=str, keep_default_na=False)
     known = list(table.modality.unique())
     if modality and modality not in known:
-        near = get_close_matches(modality, known, 1)
-        raise ValueError(f"no backbone is listed for {modality!r}{f', but for {near[0]!r}' if near else ''}: choose one "
-                         f"of {', '.join(known)}")
-    return table[table.modality.isin([modality, "any medical", "general"])] if modality else table
+        near = "".join(f", but for {one!r}" for one in get_close_matches(modality, known, 1))
+        raise ValueError(f"no backbone is listed for {modality!r}{near}: choose one of {', '.join(known)}")
+    wanted = [modality, "any medical", "general"] if modality else known
+    return table[table.modality.isin(wanted)]
 
 def backbone_seen(
     clip,  # a `Clip`, or its name
