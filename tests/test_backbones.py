@@ -7,13 +7,16 @@ import math
 import pickle
 import time
 import zipfile
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
@@ -26,7 +29,7 @@ from sdmad_nb.core.config import Config, resolve_layers, torch_generator
 from sdmad_nb.core.detector import AdaptedDetector, Support, load, predict, save
 from sdmad_nb.core.signs import SignSet, normal_prompts, sign_prompts, write_signs
 from sdmad_nb.data import backbones
-from sdmad_nb.data.backbones import _read_torchscript, load_clip, load_demo_clip, resize_input
+from sdmad_nb.data.backbones import _read_torchscript, backbone_seen, check_clip, list_backbones, load_clip, load_demo_clip, resize_input
 from sdmad_nb.data.cache import Cache
 from sdmad_nb.data.images import ImageFiles
 
@@ -348,8 +351,18 @@ def test_without_a_connection(monkeypatch):
     "A hub id or a tag ends in a sentence that says what to do."
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     refused((BIOMEDCLIP,), BIOMEDCLIP, "could not be fetched", "use local-dir:folder", kind=ConnectionError)
-    refused(("ViT-L-14-quickgelu", "openai"), "'openai'", "'ViT-L-14-quickgelu'", "pass its path as pretrained",
+    refused(("ViT-L-14-quickgelu", "openai"), "'openai'", "'ViT-L-14-quickgelu'", "Failed to download", "pass its path as pretrained",
             kind=ConnectionError)
+
+
+def test_published_weights_are_asked_of_open_clip(tiny, monkeypatch):
+    "By name and tag, which is never looked for as a file; a stand-in answers in the place of the download."
+    asked, create = [], open_clip.create_model
+    def answer(name, pretrained=None, **options):
+        asked.append((name, pretrained))
+        return create("tiny-quickgelu", pretrained=str(tiny / "tiny-quickgelu.pt"), **options)
+    monkeypatch.setattr(open_clip, "create_model", answer)
+    assert load_clip("ViT-L-14-quickgelu", "openai").depth == 6 and asked == [("ViT-L-14-quickgelu", "openai")]
 
 
 @pytest.mark.parametrize("name, image_size, says", [("RN50-quickgelu", 0, "ModifiedResNet has no transformer blocks"),
@@ -414,3 +427,70 @@ def test_a_damaged_packaged_backbone(small, damage, tmp_path):
     with pytest.raises(kind, match="small_clip.safetensors is .*install the package again, or run nbs/train_small_clip.ipynb") as caught:
         load_demo_clip(path)
     assert "\n" not in str(caught.value)
+
+
+LISTED = list_backbones()
+
+
+def describe(architecture, folder):  # configuration of an open_clip model
+    "Read an architecture of the list: of open_clip or with an image encoder of timm, and with BiomedCLIP's text encoder after +BERT."
+    name, bert = architecture.removesuffix("+BERT"), architecture.endswith("+BERT")
+    write_biomedclip(folder / architecture)
+    biomedclip = json.loads((folder / architecture / "open_clip_config.json").read_text())["model_cfg"]
+    config = deepcopy(open_clip.get_model_config(name) or {**biomedclip, "vision_cfg": {**biomedclip["vision_cfg"], "timm_model_name": name}})
+    if bert: config["text_cfg"] = {**biomedclip["text_cfg"], "hf_model_pretrained": False}
+    return config, open_clip.model.CustomTextCLIP if config.pop("custom_text", bert) else open_clip.model.CLIP
+
+
+def shrink(config, monkeypatch):
+    "Leave two narrow blocks of each tower, and all their kinds of layer."
+    config["embed_dim"], text, vision = 64, config["text_cfg"], config["vision_cfg"]
+    if "timm_model_name" in vision:
+        monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2, embed_dim=64, num_heads=2))
+    else: vision |= dict(layers=2, width=64, head_width=32)
+    if "hf_model_name" not in text:
+        text |= dict(layers=2, width=64, heads=2)
+        return
+    file = Path(text["hf_model_name"]) / "config.json"
+    small = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    file.write_text(json.dumps(json.loads(file.read_text()) | small))
+
+
+@pytest.mark.parametrize("architecture", sorted(set(LISTED.architecture) - {"", "demo", "small"}))
+def test_which_architectures_of_the_list_open(architecture, tmp_path, monkeypatch):
+    "The columns `tested` and `parameters` say what opens and what is counted; what opens gives open_clip's own features."
+    rows = LISTED[LISTED.architecture == architecture]
+    config, kind = describe(architecture, tmp_path)
+    with torch.device("meta"): whole = kind(**config)
+    counted = str(round(sum(weight.numel() for weight in whole.parameters()) / 1e6))
+    assert set(rows.parameters) <= {counted, "not checked"}
+    if set(rows.tested) == {"no"}:
+        with pytest.raises(ValueError, match="has no transformer blocks|cannot be opened"): freeze_clip("listed", whole, None, device="meta")
+        return
+    assert set(rows.tested) == {"yes"}
+    shrink(config, monkeypatch)
+    opened = freeze_clip("listed", kind(**config), None)
+    images = torch.rand(1, 3, opened.image_size, opened.image_size, generator=torch_generator(0, "images"))
+    ids = torch.randint(1, 1000, (2, config["text_cfg"]["context_length"]), generator=torch_generator(0, "words"))
+    with torch.no_grad():
+        tokens = run_blocks(opened, opened.image.stem(images), 0, opened.depth)
+        torch.testing.assert_close(opened.image.head(tokens), opened.model.encode_image(images), rtol=0, atol=0)
+        torch.testing.assert_close(opened.text.head(opened.text.last(ids)), opened.model.encode_text(ids))
+        assert opened.image.project(tokens[:, -math.prod(opened.grid):]).shape == (1, math.prod(opened.grid), 64)
+
+
+def test_the_list_of_backbones():
+    "Each row is complete, what it names can be loaded, and what has no architecture was not tested."
+    assert not (LISTED.drop(columns=["backbone", "pretrained", "architecture", "how"]) == "").any(axis=None)
+    assert LISTED.name.is_unique and set(LISTED.tested) == {"yes", "no"} and set(LISTED[LISTED.architecture == ""].tested) == {"no"}
+    assert (LISTED.source.str.startswith("https://") | LISTED.backbone.isin(["demo", "small"])).all()
+    for row in LISTED.itertuples():
+        assert row.backbone or row.how, f"{row.name}: neither a name nor what to do"
+        if row.backbone and not row.pretrained.endswith(".pt"): check_clip(row.backbone, row.pretrained)
+    for name in ("demo", "small"):
+        [row] = LISTED[LISTED.name == name].itertuples()
+        packaged = load_clip(name)
+        size = sum(weight.numel() for weight in packaged.model.parameters())
+        assert (row.pixels, row.parameters) == (str(packaged.image_size), str(round(size / 1e6)))
+        assert backbone_seen(packaged) == row.seen
+    assert backbone_seen(BIOMEDCLIP).startswith("BiomedCLIP has seen") and backbone_seen("ViT-L-14") == backbone_seen("") == ""

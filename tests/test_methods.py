@@ -1,7 +1,7 @@
 "Every method keeps the one contract: fitted on a few shots, it predicts any image, and is kept in one small file."
-import copy
 import gc
 import weakref
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -9,9 +9,9 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sdmad_nb.core import decisions, scores
 from sdmad_nb.core.clip import Features, fingerprint, freeze_clip
 from sdmad_nb.core.config import Config
 from sdmad_nb.core.detector import Prediction, Support, predict, save
@@ -130,40 +130,70 @@ def test_a_method_keeps_the_contract(name, clip, tmp_path):
     assert all(weight.grad is None and not weight.requires_grad for weight in clip.model.parameters())
 
 
-def pretend(value, memo):
-    "Copy a tensor as one of the same shape and type on a GPU that is not there."
-    if id(value) not in memo:
-        fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
-        memo[id(value)] = torch.nn.Parameter(fake, value.requires_grad) if isinstance(value, torch.nn.Parameter) else fake
-    return memo[id(value)]
+class Elsewhere(torch.Tensor):
+    "Say that it is on another device, the one that `torch` calls meta; its values are in `here`."
+    @staticmethod
+    def __new__(cls, here):
+        layout = dict(strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype)
+        made = torch.Tensor._make_wrapper_subclass(cls, here.shape, **layout, device="meta")
+        made.here = here
+        return made
+
+    __torch_function__, __torch_dispatch__ = torch._C._disabled_torch_function_impl, classmethod(lambda *_: NotImplemented)
+
+    def __getitem__(self, rows): return super().__getitem__(torch.tensor(rows) if isinstance(rows, list) else rows)
+    def new_tensor(self, value): return torch.tensor(value, dtype=self.dtype, device=self.device)
+    def tolist(self): return self.here.tolist()
 
 
-def all_similarities(images, signs, category, keep=None, anchor=None):
-    "Stand in for the one function whose shapes depend on values, which fake tensors have not: all signs are kept."
-    found = scores.cosine_similarity(images, signs) if anchor is None else scores.sign_margins(images, signs, anchor)
-    return found + (0 if keep is None else 0 * keep), category.long(), 3 + (keep is None)
+class PretendedDevice(TorchDispatchMode):
+    "Compute on the CPU what is said to be elsewhere, and refuse to mix both in one operation, as a GPU does."
+    def __torch_dispatch__(self, operation, types, values=(), options=None):
+        options, name = options or {}, operation.overloadpacket.__name__
+        tensors = [one for one in tree_leaves((values, options)) if isinstance(one, torch.Tensor)]
+        device = options.get("device") or next((one.device for one in tensors if one.is_meta), torch.device("cpu"))
+        whole = [one for one in tensors if one.dim()]
+        if "index" in name: whole = whole[:1]  # indices may be on the CPU
+        if len({one.device for one in whole}) > 1 and name not in ("_to_copy", "copy_"):
+            raise RuntimeError(f"{name}: tensors on more than one device")
+        assert all(isinstance(one, Elsewhere) for one in tensors if one.is_meta), f"{name}: a tensor that has no values"
+        if "device" in options: options = {**options, "device": torch.device("cpu")}
+        made = operation(*tree_map_only(Elsewhere, lambda one: one.here, values),
+                         **tree_map_only(Elsewhere, lambda one: one.here, options))
+        if name.endswith("_") and not name.startswith("__"): return values[0]  # changed in place
+        return tree_map_only(torch.Tensor, Elsewhere, made) if device.type == "meta" else made
+
+
+@pytest.fixture
+def there(monkeypatch):
+    "The small CLIP on a device that is not there, and what torch does not hand to a dispatch mode."
+    for name in ("tensor", "as_tensor"):
+        def make(value, device=None, make=getattr(torch, name), **options):
+            made = make(value, **options)
+            return made if device is None else made.to(device)
+        monkeypatch.setattr(torch, name, make)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    clip = small_clip()
+    with PretendedDevice(): clip.model.to("meta")
+    return clip
 
 
 @pytest.mark.parametrize("name", find_methods())
-def test_a_prediction_stays_on_one_device(name, clip, monkeypatch):
-    "Fake tensors compute shapes, types and devices alone, as if on a GPU, and refuse to mix devices."
-    detector, method = fit(find_method(name), support_of(clip), clip), find_method(name)
-    monkeypatch.setattr(scores, "_sign_similarities", all_similarities)
-    monkeypatch.setattr(decisions, "check_signs", lambda signs, category: len(detector.signs.categories))
-    for kind in (torch.Tensor, torch.nn.Parameter): monkeypatch.setattr(kind, "__deepcopy__", pretend)
-    monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: True)  # checks of values pass
-    with FakeTensorMode():
-        there = copy.deepcopy(detector)
-        assert there.clip.device.type == "cuda"
-        said = given(there.predict(Features(there.clip, torch.zeros(2, 3, SIDE, SIDE))))
-    assert set(said) == set(method.gives) and all(len(value) == 2 for value in said.values())
-    assert {value.device.type for value in said.values()} == {"cpu"}, "a prediction comes back from the GPU"
+def test_training_and_prediction_stay_on_one_device(name, clip, there):
+    "As if on a GPU, each step of training too; the numbers are those of the CPU."
+    pictures, method = [picture(20, True), picture(21, False)], find_method(name)
+    expected = fit(method, support_of(clip), clip)
+    with PretendedDevice():
+        detector = fit(method, support_of(there), there)
+        said = detector.predict(Features(there, pictures))
+        assert all(value.is_meta for value in detector.state_dict().values()), "something that was learned is left behind"
+    assert {value.device.type for value in given(said).values()} == {"cpu"}, "a prediction comes back from the GPU"
+    assert detector.history == pytest.approx(expected.history, rel=1e-4)
+    check_equal(expected.predict(Features(clip, pictures)), said, rtol=1e-3, atol=1e-3)
 
 
-def test_a_tensor_that_was_left_behind_is_noticed(clip, monkeypatch):
-    detector = fit(find_method("sd-mad"), support_of(clip), clip)
-    for kind in (torch.Tensor, torch.nn.Parameter): monkeypatch.setattr(kind, "__deepcopy__", pretend)
-    with FakeTensorMode():
-        there = copy.deepcopy(detector)
-        there.adapters.image[1].down.weight = torch.nn.Parameter(torch.empty_like(there.adapters.image[1].down.weight, device="cpu"))
-        with pytest.raises(RuntimeError, match="device"): there.predict(Features(there.clip, torch.zeros(2, 3, SIDE, SIDE)))
+@pytest.mark.parametrize("name", ["sd-mad", "mvfa", "fusion", "sign-maps", "dra"])
+def test_a_module_that_was_left_behind_is_noticed(name, there, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    with PretendedDevice(), pytest.raises(RuntimeError, match="more than one device"):
+        fit(find_method(name), support_of(there), there)

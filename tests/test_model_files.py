@@ -24,7 +24,7 @@ def files(tmp_path_factory):  # function of a method -> its model file, fitted o
     folder, made, (dataset, _) = tmp_path_factory.mktemp("models"), {}, open_data("demo", 5, small=True)
     def of(method):
         if method not in made:
-            model = SDMAD.fit(dataset.folder, 1, method=method, config=Config(epochs=1))
+            model = SDMAD.fit(dataset.folder, 1, method=method, config=Config(backbone="demo", epochs=1))
             made[method] = model.save(folder / f"{method}.safetensors")
         return made[method]
     return of

@@ -42,7 +42,7 @@ def sdmad(*words):  # exit code, standard output and standard error, as of a pro
 def fitted(tmp_path_factory):
     dataset, _ = open_data("demo", 5, small=True)
     file = tmp_path_factory.mktemp("scans") / "mine.safetensors"
-    SDMAD.fit(dataset.folder, shots=1, config=Config(epochs=2)).save(file)
+    SDMAD.fit(dataset.folder, shots=1, config=Config(backbone="demo", epochs=2)).save(file)
     return dataset, file
 
 
@@ -144,7 +144,7 @@ def test_names_in_either_unicode_form_are_the_same_file(tmp_path):
 
 def test_a_model_knows_the_images_and_the_patients_that_it_has_learned_from(fitted, tmp_path):
     dataset, _ = fitted
-    model = SDMAD.fit(dataset.folder, config=Config(epochs=1), method="linear-probe")
+    model = SDMAD.fit(dataset.folder, config=Config(backbone="demo", epochs=1), method="linear-probe")
     assert not any(name in str(model.origin) for name in dataset.patients)
     again = tmp_path / "again"
     shutil.copytree(dataset.folder, again)

@@ -1,6 +1,7 @@
 "Tables from end to end: what a command leaves, what is read again, what is survived, what is refused, and real images."
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -111,37 +112,68 @@ def test_wrong_choices_are_refused_before_work_starts(change, says, tmp_path, mo
 
 WORK = """
 import sys
+from contextlib import ExitStack
+from joblib import parallel_config
 from sdmad_nb.core.config import Config
 from sdmad_nb.lab.benchmark import open_benchmark, run_all
-benchmark = open_benchmark(Config(epochs=3), small=True)
-print("ready", flush=True)
-run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], sys.argv[1])
+if __name__ == "__main__":
+    benchmark, folder, jobs = open_benchmark(Config(epochs=3), small=True), sys.argv[1], int(sys.argv[2])
+    with ExitStack() as cluster:
+        if "dask" in sys.argv:
+            from distributed import Client, LocalCluster
+            there = cluster.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+            cluster.enter_context(Client(there)), cluster.enter_context(parallel_config("dask"))
+        print("ready", flush=True)
+        run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], folder, jobs)
 """
-
-
 RECORDS = "[!.]*.json"  # a process that is killed while it writes leaves .tmp-*.json, which is no record
 
 
-def test_killed_again_and_again_the_records_are_the_same(tmp_path):
-    "SIGKILL at different moments: no half record, and in the end the numbers of an undisturbed run."
-    work = [sys.executable, "-c", WORK]
-    done = subprocess.run([*work, tmp_path / "calm"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for wait in (0.05, 1.5):
-        process = subprocess.Popen([*work, tmp_path / "killed"], cwd=ROOT, stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout.readline() == "ready\n"
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    "Write a script of nine runs; one thread in each process, so that numbers can be compared to the last digit."
+    script, alone = tmp_path_factory.mktemp("work") / "work.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    script.write_text(WORK)
+    return lambda folder, *words: subprocess.Popen([sys.executable, script, folder, *words], cwd=ROOT, env=alone, text=True,
+                                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def calm(work, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calm")
+    assert work(folder, "1").wait() == 0
+    return folder
+
+
+def made(folder):  # {name: what a record says, but for the time and memory that it took}
+    "Read the records of nine runs, each of which was made once."
+    logged = [line.split()[-1] for line in (folder / "runs.log").read_text(encoding="utf-8").splitlines()]
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(RECORDS)}
+    assert len(logged) == 9 and {*logged} == found.keys()
+    taken = ("seconds", "peak_memory_mb", "sha256")
+    return {name: {key: value for key, value in one.items() if key not in taken} for name, one in found.items()}
+
+
+def test_processes_share_the_runs_and_a_killed_one_keeps_nobody_waiting(work, calm, tmp_path):
+    "Three at once; SIGKILL for two of them at different moments. No half record, no run made twice, the same numbers."
+    processes = [work(tmp_path, "1") for _ in range(3)]
+    assert all(process.stdout.readline() == "ready\n" for process in processes)
+    for process, wait in zip(processes, (0.3, 1)):
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        early = {path.name: path.read_bytes() for path in (tmp_path / "killed").glob(RECORDS)}
-        for text in early.values(): json.loads(text)
-    assert subprocess.run([*work, tmp_path / "killed"], cwd=ROOT, capture_output=True).returncode == 0
-    calm, killed = ({path.name: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / name).glob(RECORDS)}
-                    for name in ("calm", "killed"))
-    assert calm.keys() == killed.keys() and len(calm) == 9
-    assert all(calm[name]["metrics"] == killed[name]["metrics"] for name in calm)
-    assert all((tmp_path / "killed" / name).read_bytes() == text for name, text in early.items())
+    early = {path: path.read_bytes() for path in tmp_path.glob(RECORDS)}
+    for text in early.values(): json.loads(text)
+    assert processes[2].wait(120) == 0 and made(tmp_path) == made(calm)
+    assert all(path.read_bytes() == text for path, text in early.items())
+    assert work(tmp_path, "1").wait() == 0 and len(made(tmp_path)) == 9, "a second time they are read"
+
+
+@pytest.mark.parametrize("words", [("2",), ("2", "dask")], ids=["joblib", "dask"])
+def test_runs_on_two_workers_are_the_same(work, calm, tmp_path, words):
+    if "dask" in words: pytest.importorskip("distributed", reason="dask.distributed is not here: pip install -e .[wide]")
+    assert work(tmp_path, *words).wait() == 0
+    assert made(tmp_path) == made(calm)
 
 
 def test_a_split_file_of_the_user_is_used_for_every_seed(tmp_path):
@@ -185,7 +217,7 @@ def test_half_precision_agrees(name, tmp_path):
 
 
 def test_data_without_masks_is_refused_or_measured_by_images_alone(plain, tmp_path):
-    benchmark = open_benchmark(Config(shots=2, epochs=1, batch_size=4), str(plain), findings=0)
+    benchmark = open_benchmark(Config(backbone="demo", shots=2, epochs=1, batch_size=4), str(plain), findings=0)
     arguments = "table1", "Table 1", [replace(benchmark, protocols=("image", "pixels"))], [0], str(tmp_path)
     with pytest.raises(ValueError, match="plain has no mask .* set pixels to False"): open_experiment(*arguments)
     [record] = run_all([replace(benchmark, protocols=("image",))], ["mvfa"], [0], tmp_path / "runs")
@@ -199,10 +231,10 @@ def test_one_finding_is_sent_to_table1_and_one_kind_of_image_is_refused(plain, t
     with pytest.raises(ValueError, match="has one finding, .*run_table1"):
         open_benchmark(Config(), str(folder), signs="fastmri_plus", findings=2)
     table[table[names].any(axis=1)].to_csv(folder / "labels.csv", index=False)
-    benchmark = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=0)
+    benchmark = open_benchmark(Config(backbone="demo", normal_shots=0), str(folder), signs="fastmri_plus", findings=0)
     with pytest.raises(ValueError, match="all .* are abnormal"):
         open_experiment("t", "T", [replace(benchmark, protocols=("image",))], [0], str(tmp_path))
-    tables = open_benchmark(Config(normal_shots=0), str(folder), signs="fastmri_plus", findings=2)
+    tables = open_benchmark(Config(backbone="demo", normal_shots=0), str(folder), signs="fastmri_plus", findings=2)
     [record] = run_all([tables], ["clip"], [0], tmp_path / "runs")
     assert "decisions" in record["metrics"] and "image" not in record["metrics"], "Table 2 does without normal images"
 
@@ -213,7 +245,7 @@ def test_the_papers_numbers_stand_beside_the_bmad_set_of_that_name(plain, tmp_pa
     names = [name for name in table if name not in ("image", "patient", "split")]
     one = table[["image", "patient"]].assign(**{"Brain tumour": table[names].max(axis=1)})
     one.to_csv(folder / "labels.csv", index=False)
-    benchmark = replace(open_benchmark(Config(), str(folder), signs="bmad_brain", findings=0), protocols=("image",))
+    benchmark = replace(open_benchmark(Config(backbone="demo"), str(folder), signs="bmad_brain", findings=0), protocols=("image",))
     experiment = open_experiment("t", "T", [benchmark], [0], str(tmp_path), paper="BrainMRI")
     long = pd.DataFrame([{"method": "fusion", "metric": "image/auroc", "value": 0.5}])
     assert printed_table(experiment, 1, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
@@ -224,7 +256,8 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
     "Real labels and pixels; one step of training, because this tests the way and not the score."
     if not (REAL / name / "labels.csv").is_file(): pytest.skip(f"{REAL / name} is not there: set SDMAD_REAL_DATA")
     monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
-    config = Config(epochs=1, split_level="image" if name == "openms_flair" else "patient")
+    level = "image" if name == "openms_flair" else "patient"
+    config = Config(backbone="demo", epochs=1, split_level=level)
     benchmark = open_benchmark(config, str(REAL / name))
     for record in run_all([benchmark], ["nothing", "sd-mad"], [0], tmp_path / "results"):
         metrics, tested = record["metrics"], len(record["split"]["test"])
@@ -236,7 +269,7 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (REAL / "openms_flair").is_dir(), reason="the real FLAIR images are not here")
 def test_real_masks_one_patient_held_out_at_a_time(tmp_path):
-    opened = open_benchmark(Config(shots=2), str(REAL / "openms_flair"), findings=0)
+    opened = open_benchmark(Config(backbone="demo", shots=2), str(REAL / "openms_flair"), findings=0)
     benchmarks = each_patient(replace(opened, protocols=("image", "pixels"), draws=10))
     records = run_all(benchmarks, ["brightness", "memory-bank"], [0], tmp_path)
     for record in records:

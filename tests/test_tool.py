@@ -42,7 +42,7 @@ def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tool")
     dataset, _ = open_data("demo", 5, small=True)
     done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5",
-               "--sensitivity", "0.8")
+               "--sensitivity", "0.8", "--backbone", "demo")
     assert done.returncode == 0, done.stderr
     assert "learned Craniotomy" in done.stderr and done.stdout == ""
     return dataset, folder / "mine.safetensors"
@@ -67,7 +67,8 @@ def test_predict_writes_a_table_to_a_file_or_to_standard_output(fitted, tmp_path
 def test_other_methods_are_fitted_used_and_tested_by_the_same_commands(fitted, tmp_path, method, decides):
     dataset, _ = fitted
     model = tmp_path / "other.safetensors"
-    done = sdmad("fit", dataset.folder, "--shots", "2", "--method", method, "-o", model, "--epochs", "5")
+    done = sdmad("fit", dataset.folder, "--shots", "2", "--method", method, "-o", model, "--epochs", "5",
+                 "--backbone", "demo")
     assert done.returncode == 0 and done.stdout == "", done.stderr
     done = sdmad("predict", model, *dataset.paths[:3])
     assert done.returncode == 0, done.stderr
@@ -90,6 +91,19 @@ def test_methods_are_listed(fitted):
     assert done.returncode == 0 and done.stdout.split()[:4] == ["name", "title", "gives", "needs"]
     assert {"sd-mad", "linear-probe", "fusion"} <= {line.split()[0] for line in done.stdout.splitlines()}
     assert "oracle" not in done.stdout
+
+
+def test_backbones_are_listed(tmp_path):
+    "On standard output in two lines each, or as a table with all that is known."
+    done = sdmad("backbones", "--modality", "chest")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0].split() == ["name", "modality", "pixels", "parameters", "access", "licence", "tested"]
+    assert lines[1].startswith("CheXzero  ") and "    --backbone ViT-L-14-quickgelu --pretrained openai; the paper's" in done.stdout
+    assert "eye" not in {line.split()[1] for line in lines[1::2]} and "terms at the source" in done.stderr
+    done = sdmad("backbones", "-o", tmp_path / "list.csv")
+    assert done.returncode == 0 and {"seen", "source", "date"} <= set(pd.read_csv(tmp_path / "list.csv"))
+    done = sdmad("backbones", "--modality", "chst")
+    assert done.returncode == 1 and done.stdout == "" and "for 'chst', but for 'chest': choose one of" in done.stderr
 
 
 def test_maps_are_measured_where_they_are_asked_for(fitted):
@@ -210,7 +224,7 @@ def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
     candidates = {name: [f"a dark {name} shape", "a bright rim", "a grey veil"] for name in answer}
     signs = {name: texts[:2] for name, texts in candidates.items()}
     file.write_text(json.dumps({**values, "candidates": candidates, "signs": signs}))
-    done = sdmad("signs", "check", tmp_path, "-o", tmp_path / "signs.png")
+    done = sdmad("signs", "check", tmp_path, "-o", tmp_path / "signs.png", "--backbone", "demo")
     assert done.returncode == 0 and Image.open(tmp_path / "signs.png").size > (500, 300), done.stderr
     assert "never seen: Mass, left" in done.stdout and "an abnormal photo of the [chest] [X-ray] with" in done.stdout
     assert done.stdout.count("  1.00 to ") == 2 and "2 would be dropped" in done.stdout  # the rim, of both
@@ -219,8 +233,9 @@ def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):
     assert done.returncode == 1 and done.stderr.count("tokens in its prompts: shorten it") == 2 and done.stdout == ""
 
 
-COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["signs"], ["signs", "new"], ["signs", "check"],
-            ["prepare"], *(["prepare", name] for name in ("fastmri-plus", "bmad", "chestxray14", "oct2017", "own-folder"))]
+COMMANDS = [[], ["fit"], ["predict"], ["evaluate"], ["demo"], ["methods"], ["backbones"], ["signs"], ["signs", "new"],
+            ["signs", "check"], ["prepare"], *(["prepare", name] for name in (
+                "fastmri-plus", "bmad", "chestxray14", "oct2017", "own-folder"))]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

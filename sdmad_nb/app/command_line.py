@@ -98,12 +98,12 @@ def _fit(
     folder,  # a data-set folder (sdmad prepare makes one), or demo
     output: Annotated[str, Option("--output", "-o", metavar="FILE", help="the model, such as mine.safetensors")],
     shots: int = None,  # images of each finding; all where left out
-    method: str = "sd-mad",  # one that sdmad methods lists
+    method: str = "sd-mad-unmixed",  # one that sdmad methods lists; the paper's own is sd-mad
     seed: int = 0,  # another one makes other random choices
     signs: str = "",  # a sign file, or the name of a packaged one; FOLDER/signs.json where it is left out
     sensitivity: float = None,  # also set a threshold that finds this share, such as 0.9 (predict --calibrated)
-    backbone: str = "demo",  # demo, which has only seen synthetic heads, or a name of open_clip: ViT-L-14-quickgelu
-    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip such as openai; demo has its own
+    backbone: str = "auto",  # small or demo, which are packaged, or one of open_clip, as ViT-L-14-quickgelu
+    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip, such as openai
     image_size: int = 0,  # size of the images for the backbone, in pixels; its own where 0
     epochs: int = None,  # how often training sees each image [default: 50]
     lam: float = None,  # share of CLIP's own features that the adapters keep, from 0 to 1 [default: 0.8]
@@ -121,9 +121,15 @@ def _fit(
         config = Config(**{name: value for name, value in choices.items() if value is not None})
         model = SDMAD.fit(folder, shots, seed, signs, config, device, sensitivity, method)
         print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
+        print(_seen(model))
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #23770a21
+def _seen(model):  # -> sentence about its backbone
+    from sdmad_nb.data.backbones import backbone_seen
+    clip = model.detector.clip
+    return f"{backbone_seen(clip) or f'The backbone is {clip.name}'}."
+
 _WARNING = ("warning: left-out images with a finding score no higher than those without, so what was learned does not "
             "carry over to new images: try a backbone that has seen such images, other signs, or more shots")
 
@@ -148,6 +154,7 @@ def _predict(
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device, backbone)
         if heatmaps: fitted.check_maps()
+        print(_seen(fitted))
         _write_csv(fitted.stream(images, batch_size, calibrated, skipped, left_out), target)
         if heatmaps: _draw_heatmaps(fitted, images, Path(heatmaps), skip_bad)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
@@ -208,7 +215,7 @@ def _demo(
     from sdmad_nb.data.phantom import make_demo
     folder = make_demo(slice, folder=output or None)
     print(f"{folder}: 330 synthetic brain slices with up to five findings each. Go on with\n"
-          f"  sdmad fit {folder} --shots 1 -o demo.safetensors\n"
+          f"  sdmad fit {folder} --shots 1 --backbone demo -o demo.safetensors\n"
           f"  sdmad predict demo.safetensors {folder}/images -o demo.csv\n"
           f"  sdmad evaluate demo.safetensors {folder}", file=sys.stderr)
 
@@ -220,8 +227,33 @@ def _methods():
     rows = [("name", "title", "gives", "needs")]
     rows += [(name, method.title, ", ".join(method.gives), ", ".join(method.needs))
              for name, method in find_methods().items() if not method.oracle]
+    print("\n".join(_aligned(rows)))
+
+def _aligned(rows):  # tuples of texts -> lines
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows: print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+# %% ../../nbs/app/02_command_line.ipynb #82c99d3b
+@_command
+def _backbones(
+    modality: str = "",  # what images show: chest, eye, histology, skin, "any medical", general; all where left out
+    output: str = "",  # table as CSV; printed in short where it is left out
+):
+    "List CLIPs that can be the backbone, and how to name them."
+    from sdmad_nb.data.backbones import list_backbones
+    _check_place("output", output)
+    table = list_backbones(modality)
+    if output: return _write_csv([table], output)
+    facts = table[["name", "modality", "pixels", "parameters", "access", "licence", "tested"]]
+    facts = facts.assign(parameters=[f"{count} M" if count.isdigit() else count for count in facts.parameters])
+    head, *lines = _aligned([tuple(facts), *facts.itertuples(index=False)])
+    print(head)
+    for line, row in zip(lines, table.itertuples()):
+        named = f"--backbone {row.backbone}" + f" --pretrained {row.pretrained}" * bool(row.pretrained)
+        print(line, f"    {'; '.join(filter(None, (named * bool(row.backbone), row.how)))} ({row.source})", sep="\n")
+    print("tested: whether our code has opened the architecture, with random weights. What each has seen, and when all "
+          "this was looked up, is in the table that -o writes. The terms at the source are the ones that count.",
+          file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #fbd5e6d5
 class _Prepare(TyperGroup):
@@ -246,10 +278,10 @@ def _new(
     object: Annotated[str, Option(help="what the images show: brain, \"chest X-ray\", ...")],
 ):
     "Start a signs.json, and print a request for a language model."
-    from sdmad_nb.app.sign_tools import new_signs, sign_request
+    from sdmad_nb.app.sign_tools import new_signs
     from sdmad_nb.core.inputs import read_json
     path = new_signs(folder, object)
-    print(sign_request([*read_json(path)["signs"]], object))
+    print(read_json(path)["request"])
     print(f"{path} is written. Fill in the lists under \"signs\": three to five signs for each finding.\n"
           "The request above can be pasted into a language model. Put its answer into the file in the place of the {} "
           "behind \"candidates\", let somebody who reads such images choose from it, and copy what is chosen to "
@@ -262,8 +294,8 @@ def _check(
     folder,  # a data-set folder
     output: str = "",  # picture file: also draw how alike signs are
     signs: str = "",  # a sign file, or the name of a packaged one; FOLDER/signs.json where it is left out
-    backbone: str = "demo",  # demo, which has only seen synthetic heads, or a name of open_clip: ViT-L-14-quickgelu
-    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip such as openai; demo has its own
+    backbone: str = "small",  # small or demo, which are packaged, or one of open_clip, as ViT-L-14-quickgelu
+    pretrained: str = "",  # the backbone's weights: a file, or a name of open_clip, such as openai
     image_size: int = 0,  # size of the images for the backbone, in pixels; its own where 0
 ):
     "Show which signs a backbone cannot read or tell apart."

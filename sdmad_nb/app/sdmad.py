@@ -35,7 +35,7 @@ from ..core.detector import Detector, SignDetector, predict, read_header, save
 from ..core.inputs import InputError, schema_faults
 from ..core.scores import sign_margins
 from ..core.signs import restrict
-from ..data.backbones import check_clip, load_clip, resolve_precision
+from ..data.backbones import load_clip, resolve_backbone
 from ..data.folder import read_dataset
 from ..data.images import DataError, ImageReader, Pixels
 from ..data.open_data import open_data
@@ -84,13 +84,12 @@ def fit(
     config: Config = None,  # everything else
     device: str = "auto",
     sensitivity: float = None,  # share of positives that a threshold should find, in (0, 1]; None calibrates nothing
-    method: str = "sd-mad",  # a name of the registry
+    method: str = "sd-mad-unmixed",  # a name of the registry; the paper's own is "sd-mad"
 ):  # SDMAD; DataError, SignError, ValueError or ConnectionError, each a sentence with its remedy
     "Learn the findings of a data set."
     chosen, where = _choose(method, sensitivity), resolve_device(device)
     config = replace(config or Config(), seed=seed, **({} if shots is None else {"shots": shots}))
-    config = replace(config, precision=resolve_precision(config.precision, where, config.backbone))
-    check_clip(config.backbone, config.pretrained, config.image_size)
+    config = resolve_backbone(config, where, str(data) == "demo")
     dataset, sign_set = open_data(str(data), 5, signs)
     rows, sign_set = _learned_rows(dataset, config, shots is None), restrict(sign_set, dataset.categories)
     clip = load_clip(config.backbone, config.pretrained, config.image_size, where, config.precision)

@@ -45,6 +45,7 @@ def reword(
                                      for c, name in enumerate(other.signs.categories)])  # (S, D)
     other.keep = torch.ones(len(other.sign_features), dtype=torch.bool, device=fresh.device)
     if detector.config.selection: other.keep = select_signs(other.sign_features, other.category)
+    if detector.config.reading == "unmixed": other.thresholds = torch.full_like(detector.thresholds, -1e9)
     return other
 
 # %% ../../nbs/app/03_sign_panel.ipynb #6f01e2a6

@@ -70,7 +70,7 @@ class _MapChoices(_Checked):
 @dataclass(frozen=True)
 class Config(_MapChoices):
     "Hold every choice that can change a result."
-    backbone: Annotated[str, Field(min_length=1)] = "demo"  # or an open_clip name; the paper: ViT-L-14-quickgelu
+    backbone: Annotated[str, Field(min_length=1)] = "auto"  # a packaged one; the paper's: ViT-L-14-quickgelu
     pretrained: str = ""  # open_clip tag such as "openai", or a checkpoint file; empty for the demo and for hub ids
     medclip: str = ""  # folder of MedCLIP's weights, see `methods/06_medclip`; empty leaves out its row
     image_size: _SIZE = 0  # pixels; 0 = the backbone's own. The paper: 240
@@ -87,7 +87,7 @@ class Config(_MapChoices):
     betas: Annotated[tuple[_BETA, _BETA], Strict(False)] = (0.5, 0.999)  # Adam; MVFA's
     batch_size: _COUNT = 0  # 0 = all shots in one step; the paper gives no number
     augment: Literal["none", "mvfa"] = "none"  # "mvfa": ten fixed rotations, shifts and flips beside the image itself
-    loss: Literal["inter-anomaly", "image-text", "anchor", "unmixed"] = "inter-anomaly"  # Eq. (5); (3); (4); ours
+    loss: Literal["inter-anomaly", "image-text", "anchor"] = "inter-anomaly"  # Eq. (5); Eq. (3); Eq. (4)
     sign_reduction: Literal["sum", "mean"] = "sum"  # Eq. (3)-(4) sum; "mean": categories of any size weigh the same
     other_signs: Literal["absent", "all"] = "absent"  # Eq. (4): k != c that the image does not have; "all" = literal
     split_level: Literal["patient", "image"] = "patient"  # no other image of a shot's patient is tested; or the paper's

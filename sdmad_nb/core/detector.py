@@ -24,7 +24,7 @@ from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
 from .config import Config, config_to_dict, torch_generator, write_atomically
-from .decisions import shot_thresholds, unmixed_loss, unmixed_weights
+from .decisions import shot_thresholds, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
 from .selection import select_signs
@@ -211,12 +211,15 @@ def train(
     return tuple(history)
 
 # %% ../../nbs/core/07_detector.ipynb #b8b808ce
-_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss,
-           "unmixed": unmixed_loss}  # Config.loss
+_LOSSES = {"inter-anomaly": inter_anomaly_loss, "image-text": image_text_loss, "anchor": anchor_loss}
 
 class AdaptedDetector(SignDetector):
     "Bend CLIP towards the signs with trained adapters: SD-MAD. Eq. (1)-(8)"
     trained = True
+
+    def loss(self, images, sign_features, anchor, labels):  # (B, D), (S, D), (D,), (B, C) -> scalar
+        kind, choices = self.config.loss, (self.config.sign_reduction, self.config.other_signs)
+        return _LOSSES[kind](images, sign_features, self.category, anchor, labels, *choices)
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
@@ -224,12 +227,10 @@ class AdaptedDetector(SignDetector):
         detector, shots = cls(clip, signs, config), augmented(support, config.augment)
         adapters, bank = detector.adapters, encode_prompts(clip, signs)
         tokens, labels = shots.features.tokens(adapters.first), shots.labels.to(clip.device)
-        options = dict(reduction=config.sign_reduction, other_signs=config.other_signs)
-        if config.loss == "unmixed": options = dict(ridge=config.ridge)
         def loss_of(rows):
             images = image_features(clip, tokens[rows], adapters.first, adapters.image)
             sign_features, anchor = text_features(clip, bank, adapters.text)
-            return _LOSSES[config.loss](images, sign_features, bank.sign_category, anchor, labels[rows], **options)
+            return detector.loss(images, sign_features, anchor, labels[rows])
         detector.history = train(loss_of, adapters.parameters(), len(shots), config)
         return detector.read_signs().read_shots(support)
 

@@ -92,6 +92,7 @@ class _SignFile:
     templates: _TEMPLATES = _DEFAULT_TEMPLATES
     candidates: dict[_NAME, _SIGNS] = field(default_factory=dict)  # category: all descriptions; empty if not recorded
     note: Annotated[str, Field(min_length=0)] = ""  # who wrote the signs and who has approved them
+    request: Annotated[str, Field(min_length=0)] = ""  # what a language model was asked for the candidates
 
     @model_validator(mode="after")
     def _chosen(self):
@@ -141,7 +142,7 @@ def read_signs(path) -> SignSet:  # SignError lists every fault of the file in o
 # %% ../../nbs/core/01_signs.ipynb #e94b576b
 def write_signs(sign_set: SignSet, path) -> Path:
     "Write a set of signs as a sign file."
-    order = ("object", "normal", "templates", "signs", "candidates", "note")
+    order = ("object", "normal", "templates", "signs", "candidates", "note", "request")
     values = {name: getattr(sign_set, name) for name in order if getattr(sign_set, name)}
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8", newline="\n"))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from joblib import Parallel, delayed
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from ..core.clip import Clip
 from ..core.config import Config, config_to_dict, resolve_device, resolve_layers
 from ..core.detector import predict
 from ..core.signs import SignSet, restrict
-from ..data.backbones import check_clip, load_clip, resolve_precision
+from ..data.backbones import load_clip, resolve_backbone
 from ..data.cache import Cache, cache_folder
 from ..data.folder import DataError, DataSet, dataset_fingerprint
 from ..data.open_data import open_data
@@ -60,8 +61,7 @@ def open_benchmark(
 ) -> Benchmark:  # ValueError, DataError, SignError or ConnectionError, each a sentence with its remedy
     "Check everything and load what all methods share."
     where = resolve_device(device)
-    config = replace(config, precision=resolve_precision(config.precision, where, config.backbone))
-    check_clip(config.backbone, config.pretrained, config.image_size)
+    config = resolve_backbone(config, where, data == "demo")
     dataset, sign_set = open_data(data, slice, signs, small, draw)
     if not findings: dataset, sign_set = join_findings(dataset, restrict(sign_set, dataset.categories))
     if len(dataset.categories) < findings:
@@ -145,12 +145,14 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
-def _run(benchmark, method, seed, folder, truths):  # -> record; `truths` keeps what is known about test sets
+def _run(benchmark, method, seed, folder, truths):  # -> record; `truths` keeps what is known about the last test set
     chosen = find_method(method)
     config = chosen.configure(replace(benchmark.config, **benchmark.changes.get(method, {}), seed=seed))
     split = split_of(benchmark, config, folder)
-    if split.test not in truths: truths[split.test] = Truth(benchmark.dataset, indices(benchmark.dataset, split.test))
-    truth, protocols = truths[split.test], {"image", *benchmark.protocols}
+    if (tested := (benchmark.dataset.name, split.test)) not in truths:
+        truths.clear()
+        truths[tested] = Truth(benchmark.dataset, indices(benchmark.dataset, split.test))
+    truth, protocols = truths[tested], {"image", *benchmark.protocols}
     check_truth(truth, benchmark.protocols)
     path, identity = _identify(benchmark, chosen, config, split, folder)
 
@@ -203,12 +205,17 @@ def run_all(
     methods: list,  # names
     seeds: list,
     folder,  # of records
+    jobs: int = 1,  # processes; 1 starts none
 ) -> list:  # records; DataError where a test set cannot answer the question
     "Run methods with every benchmark and seed, or read their records."
     for name in methods: find_method(name)
-    wanted, truths = [(one, seed, name) for one in benchmarks for seed in check_seeds(seeds) for name in methods], {}
-    records, last = [], None
-    for one, seed, name in tqdm(wanted, desc=benchmarks[0].dataset.name, unit="run"):
-        if (one.dataset.name, seed) != last: truths, last = {}, (one.dataset.name, seed)
-        records.append(_run(one, name, seed, folder, truths))
+    if type(jobs) is not int or jobs < 1: raise ValueError(f"jobs is {jobs!r} but must be a whole number of at least 1")
+    parts, truths, records = [methods] if jobs > 1 else [[name] for name in methods], {}, []
+    runs = [(one, part, seed, folder, truths) for one in benchmarks for seed in check_seeds(seeds) for part in parts]
+    with tqdm(total=sum(len(run[1]) for run in runs), desc=benchmarks[0].dataset.name, unit="run") as bar:
+        for found in Parallel(jobs, return_as="generator")(delayed(_run_part)(*run) for run in runs):
+            records += found
+            bar.update(len(found))
     return records
+
+def _run_part(benchmark, methods, *rest): return [_run(benchmark, name, *rest) for name in methods]  # -> records

@@ -37,6 +37,7 @@ class Experiment:
     folder: Path  # of tables and figures
     runs: Path  # of records
     paper: str = ""  # data set whose printed numbers stand beside ours
+    jobs: int = 1  # processes that share the runs
 
     @property
     def dataset(self) -> DataSet: return self.benchmarks[0].dataset  # the first benchmark's
@@ -44,7 +45,7 @@ class Experiment:
     def demo(self) -> bool: return self.benchmarks[0].demo
 
     def run(self, methods: list) -> list:  # records
-        records = run_all(self.benchmarks, methods, self.seeds, self.runs)
+        records = run_all(self.benchmarks, methods, self.seeds, self.runs, self.jobs)
         seconds = sum(record["seconds"] for record in records)
         print(f"{len(records)} records in {self.runs.name}/, computed in {seconds:.0f} s of run time in all")
         return records
@@ -62,6 +63,7 @@ def open_experiment(
     results: str = "",  # folder for results; empty is the project's
     smoke: bool = False,  # a results folder of its own
     paper: str = "",  # a name of BMAD's sets as the paper prints it, such as "BrainMRI"
+    jobs: int = 1,  # processes that share the runs
 ) -> Experiment:  # ValueError, DataError or PermissionError, each a sentence with its remedy
     "Check what is asked for and make the folders."
     seeds = check_seeds(seeds)
@@ -72,7 +74,7 @@ def open_experiment(
         for change in one.changes.values(): replace(one.config, **change)
         split = split_of(one, replace(one.config, seed=seeds[0]), runs)
         check_truth(Truth(one.dataset, indices(one.dataset, split.test)), one.protocols)
-    return Experiment(label, benchmarks, seeds, folder, runs, paper)
+    return Experiment(label, benchmarks, seeds, folder, runs, paper, jobs)
 
 # %% ../../nbs/lab/09_experiment.ipynb #9584a909
 def _check_paper(paper, categories):  # ValueError where there is no such set, or the data are another

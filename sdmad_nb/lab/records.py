@@ -13,12 +13,14 @@ import re
 import sys
 import tempfile
 import time
+from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from ..core.config import write_atomically
 from ..data.cache import project_root
@@ -34,9 +36,14 @@ def run_once(
     holds=lambda record: True,  # whether a record of this identity has all that is wanted
 ) -> dict:  # the record; ValueError where `identity` and the result use the same name
     "Read the record of a run, or make the run and its record."
-    identity = {**identity, "versions": _versions()}
-    record = _read_record(path, identity)
-    if record is not None and holds(record): return record
+    path, identity = Path(path), {**identity, "versions": _versions()}
+    with FileLock(path.parent / "locks" / f"{path.name}.lock"):
+        record = _read_record(path, identity)
+        if record is not None and holds(record): return record
+        _make_record(path, identity, compute)
+        return _read_record(path, identity)
+
+def _make_record(path, identity, compute):  # writes it
     started, result = time.perf_counter(), compute()
     run = {"seconds": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
     taken = sorted(set(identity) & {*result, *run, "identity", "sha256"})
@@ -46,13 +53,13 @@ def run_once(
     whole["sha256"] = _checksum(whole)
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
-    return _read_record(path, identity)
+    line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s {:7.0f} MB  {}\n".format(datetime.now(), *run.values(), path.stem)
+    with path.with_name("runs.log").open("a", encoding="utf-8") as log: log.write(line)
 
 # %% ../../nbs/lab/05_records.ipynb #7f48806d
 def _checksum(record): return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 def _read_record(path, identity):  # -> None where there is none for this identity, and a printed line says why
-    path = Path(path)
     if not path.exists(): return None
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: return print(f"recomputing: {path} is damaged ({error})")

@@ -15,5 +15,5 @@ METHODS = (
     Method("sd-mad-no-ss", "SD-MAD (no SS)", AdaptedDetector, tables=_TABLES, changes={"selection": False}),
     Method("sd-mad", "SD-MAD", AdaptedDetector, tables=_TABLES, changes={"selection": True}),
     Method("sd-mad-unmixed", "SD-MAD, unmixed", AdaptedDetector, tables=("table2", "table3"),
-           changes={"loss": "unmixed", "reading": "unmixed"}),
+           changes={"selection": True, "reading": "unmixed"}),
 )
