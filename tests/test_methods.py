@@ -152,9 +152,10 @@ class PretendedDevice(TorchDispatchMode):
         options, name = options or {}, operation.overloadpacket.__name__
         tensors = [one for one in tree_leaves((values, options)) if isinstance(one, torch.Tensor)]
         device = options.get("device") or next((one.device for one in tensors if one.is_meta), torch.device("cpu"))
-        whole = [one for one in tensors if one.dim()]
-        if "index" in name: whole = whole[:1]  # indices may be on the CPU
-        if len({one.device for one in whole}) > 1 and name not in ("_to_copy", "copy_"):
+        if name in ("index", "index_put", "index_put_") and values[0].is_meta:  # only there may the indices be on the CPU
+            bound = [values[0], *values[2:]]
+        else: bound = tensors
+        if len({one.device for one in bound if torch.is_tensor(one) and one.dim()}) > 1 and name not in ("_to_copy", "copy_"):
             raise RuntimeError(f"{name}: tensors on more than one device")
         assert all(isinstance(one, Elsewhere) for one in tensors if one.is_meta), f"{name}: a tensor that has no values"
         if "device" in options: options = {**options, "device": torch.device("cpu")}

@@ -82,7 +82,7 @@ def test_extras_are_those_of_the_settings(released):
 
 
 def test_dev_brings_all_that_the_tests_need():
-    tested = EXTRAS.keys() - {"small"}  # only the training of a backbone needs that, and its smoke run is skipped without
+    tested = EXTRAS.keys() - {"small", "wide"}  # the training of a backbone and a cluster: their tests are skipped without them
     missing = {extra: sorted(set(EXTRAS[extra]) - set(EXTRAS["dev"])) for extra in tested}
     assert not any(missing.values()), f"add to dev_requirements in settings.ini: {missing}"
 

@@ -194,16 +194,29 @@ def test_bad_images_are_skipped_only_when_asked_and_nothing_is_half_written(fitt
     assert done.returncode == 3 and "skipped: image" in done.stderr and len(pd.read_csv(out)) == 2
 
 
-def test_interrupted_it_leaves_no_file(fitted, tmp_path):
+def test_interrupted_it_leaves_no_file_and_goes_on_from_there(fitted, tmp_path, monkeypatch):
+    "Ctrl-C, then SIGKILL and a line that was cut; in the end the table of an undisturbed call, and each image once."
     dataset, model = fitted
-    out, many = tmp_path / "out.csv", [str(dataset.path(i % len(dataset))) for i in range(3000)]
-    command = [SDMAD_COMMAND, "predict", model, *many, "-o", out, "--batch-size", "4"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,  # a background job ignores Ctrl-C
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not list(tmp_path.iterdir()) and process.poll() is None: time.sleep(0.05)  # until its temporary file is there
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130 and "stopped" in process.stderr.read()
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("SDMAD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "torn.png").write_bytes(dataset.path(0).read_bytes()[:500])
+    many = [tmp_path / "torn.png", *(str(dataset.path(i % len(dataset))) for i in range(400))]
+    out, command = tmp_path / "there" / "out.csv", ["predict", model, *many, "--batch-size", "4", "--skip-bad"]
+    for code, said in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen([SDMAD_COMMAND, *command, "-o", out], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores Ctrl-C
+        lines = lambda: sum(file.read_bytes().count(b"\n") for file in tmp_path.glob("cache/predict/*"))
+        before = lines()
+        while lines() < before + 2 and process.poll() is None: time.sleep(0.02)
+        process.send_signal(code)
+        assert process.wait(timeout=60) == said and not out.exists()
+        assert said != 130 or ("goes on from there" in process.stderr.read() and not [*out.parent.iterdir()])
+    [file] = tmp_path.glob("cache/predict/*")
+    done = file.read_bytes().count(b"\n")
+    with file.open("a") as log: log.write('{"text": "half a line')
+    again, whole = sdmad(*command, "-o", out), sdmad(*command)
+    assert again.returncode == whole.returncode == 3 and f"going on after the first {4 * done} images" in again.stderr
+    assert out.read_text() == whole.stdout and len(pd.read_csv(out)) == 400 and again.stderr.count("torn.png") == 1
+    assert "going on" not in whole.stderr and not [*tmp_path.glob("cache/predict/*")], "what was finished is forgotten"
 
 
 def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):

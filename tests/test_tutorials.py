@@ -41,7 +41,7 @@ def test_the_shell_lines_that_a_tutorial_begins_with_are_those_that_it_runs():
 
 def test_the_readme_leads_to_every_tutorial():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(TUTORIALS) == 5 and all(f"(nbs/{notebook_name(path)}.ipynb)" in readme for path in TUTORIALS)
+    assert len(TUTORIALS) == 6 and all(f"(nbs/{notebook_name(path)}.ipynb)" in readme for path in TUTORIALS)
 
 
 # In a browser

@@ -6,12 +6,15 @@
 __all__ = ['app', 'shell']
 
 # %% ../../nbs/app/02_command_line.ipynb #2237688e
+import hashlib
+import json
+import os
 import re
 import sys
-from collections import defaultdict
 from contextlib import redirect_stdout
 from dataclasses import is_dataclass
 from functools import partial
+from importlib.metadata import version
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
@@ -86,11 +89,20 @@ def _check_place(*place, **options):
     from sdmad_nb.data.writer import check_place
     check_place(*place, **options)
 
-def _write_csv(tables, target):  # texts that a spreadsheet would take for formulas stand behind an apostrophe
-    from sdmad_nb.data.writer import write_csv
-    shown = lambda cell: f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
-    texts = lambda table: {name: table[name].map(shown) for name in table if table[name].dtype.kind not in "biuf"}
-    write_csv(target, (table.assign(**texts(table)).rename(columns=shown) for table in tables))
+def _harmless(cell):  # a text that a spreadsheet would take for a formula -> the same behind an apostrophe
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+
+def _as_csv(table, header=True):  # -> text
+    texts = {name: table[name].map(_harmless) for name in table if table[name].dtype.kind not in "biuf"}
+    text = table.assign(**texts).rename(columns=_harmless).to_csv(index=False, header=header, lineterminator="\n")
+    return text if len(table.columns) else ""
+
+def _write_texts(texts, target):  # file name, or an open file
+    from sdmad_nb.core.config import write_atomically
+    def write_file(path):
+        with path.open("w", encoding="utf-8", newline="") as file: file.writelines(texts)
+    if isinstance(target, str): write_atomically(target, write_file)
+    else: target.writelines(texts)
 
 # %% ../../nbs/app/02_command_line.ipynb #0b0bf868
 @_command
@@ -134,7 +146,7 @@ _WARNING = ("warning: left-out images with a finding score no higher than those 
             "carry over to new images: try a backbone that has seen such images, other signs, or more shots")
 
 # %% ../../nbs/app/02_command_line.ipynb #ba494993
-@_command
+@partial(_command, stopped="nothing was half-written, and the same command goes on from there")
 def _predict(
     model,  # file that sdmad fit has written
     images: list[str],  # image files, DICOM, NIfTI, or folders of them
@@ -149,14 +161,17 @@ def _predict(
 ):
     "Predict the findings of images with a fitted model."
     _check_place("output", output), _check_place("heatmaps", heatmaps, folder=True)
-    target, skipped, left_out = output or sys.stdout, [] if skip_bad else None, []
+    target, skipped = output or sys.stdout, [] if skip_bad else None
     with redirect_stdout(sys.stderr):
+        from sdmad_nb.app.pictures import list_images
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device, backbone)
-        if heatmaps: fitted.check_maps()
         print(_seen(fitted))
-        _write_csv(fitted.stream(images, batch_size, calibrated, skipped, left_out), target)
-        if heatmaps: _draw_heatmaps(fitted, images, Path(heatmaps), skip_bad)
+        shown, rest = list_images(images, fitted.reader, skipped)
+        left_out = [f"{name} is no image" for name in rest]
+        file = _unfinished(shown, [Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps])
+        maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
+        _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     if skipped: raise Exit(3)
@@ -165,24 +180,55 @@ def _predict(
 def _file_name(text, most=120):  # -> short enough for any file system, without signs that a shell or a path reads
     return re.sub(r"[^\w.-]+", "_", text).encode()[:most].decode(errors="ignore")
 
-def _draw_heatmaps(model, images, folder, skip_bad):
-    from tqdm import tqdm
-    from sdmad_nb.app.pictures import list_images
-    from sdmad_nb.data.images import DataError, save_volume
-    volumes = defaultdict(dict)  # {(name, file): {slice: maps}}
-    for place, one in enumerate(tqdm(list_images(images, model.reader, [])[0], desc="heat maps", unit="image")):
-        try: why = model.explain(one.image, one.number)
-        except DataError:
-            if not skip_bad and one.count == 1: raise
-            continue
-        stem = _file_name(re.sub(r"\.(nii\.gz|\w+)$", "", Path(one.name).name))
-        why.save(folder / f"{place:04d}-{stem}{f'_{one.number:03}' if one.count > 1 else ''}.png")
-        if one.kind == "nifti": volumes[stem, one.image][one.number] = why.maps
-    for (stem, file), maps in volumes.items():
-        shown = next(iter(maps.values()))
-        for c, name in enumerate(model.categories if len(shown) == len(model.categories) else ["abnormal"]):
-            save_volume(folder / f"{stem}-{_file_name(name, 60)}.nii.gz", file,
-                        {number: one[c] for number, one in maps.items()}, model.origin.pixels.plane)
+class _HeatMaps:
+    "Draw images with their maps, and write the maps of a volume when its slices are through."
+    def __init__(self, model, folder, unfinished):
+        self.model, self.folder, self.scan, self.maps = model, folder, None, {}
+        if not folder.is_dir(): unfinished.unlink(missing_ok=True)
+
+    def __call__(self, place, one, why):  # place in the list, `Shown`, `Explanation`
+        if one.image != self.scan: self.finish()
+        self.scan, self.stem = one.image, _file_name(re.sub(r"\.(nii\.gz|\w+)$", "", Path(one.name).name))
+        why.save(self.folder / f"{place:04d}-{self.stem}{f'_{one.number:03}' if one.count > 1 else ''}.png")
+        if one.kind == "nifti": self.maps[one.number] = why.maps
+
+    def finish(self):
+        from sdmad_nb.data.images import save_volume
+        maps, self.maps, names = self.maps, {}, self.model.categories
+        if maps and len(next(iter(maps.values()))) < len(names): names = ["abnormal"]
+        for c, name in enumerate(names if maps else ()):
+            save_volume(self.folder / f"{self.stem}-{_file_name(name, 60)}.nii.gz", self.scan,
+                        {number: one[c] for number, one in maps.items()}, self.model.origin.pixels.plane)
+
+# %% ../../nbs/app/02_command_line.ipynb #fb53081a
+def _unfinished(shown, made_of):  # -> file of what a command that was stopped has left
+    from sdmad_nb.data.cache import cache_folder
+    stamp = lambda path: os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))
+    about = repr([[(*one, stamp(one.image)) for one in shown], version("sdmad_nb"), made_of])
+    return cache_folder("predict") / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.jsonl"
+
+# %% ../../nbs/app/02_command_line.ipynb #143c6d5f
+def _going_on(model, file, shown, size, calibrated, skipped, left_out, maps):  # yields texts
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    lines = [line for line in lines if line.endswith("\n")][:max(0, len(shown) - 1) // size]
+    while maps and lines and shown[len(lines) * size].number: lines.pop()
+    kept = [json.loads(line) for line in lines]
+    if not any(one["text"] for one in kept): lines = kept = []  # the first table brings the header
+    file.write_text("".join(lines), encoding="utf-8")
+    if kept: print(f"going on after the first {len(kept) * size} images, which are done")
+    for one in kept:
+        left_out += one["left_out"]
+        if skipped is not None: skipped += one["skipped"]
+        yield one["text"]
+    with file.open("a", encoding="utf-8") as log:
+        header, told = not kept, (len(skipped or ()), len(left_out))
+        for table in model.stream(shown, size, calibrated, skipped, left_out, len(kept), maps):
+            text, new = _as_csv(table, header), dict(skipped=(skipped or [])[told[0]:], left_out=left_out[told[1]:])
+            print(json.dumps({"text": text, **new}), file=log, flush=True)
+            yield text
+            header, told = header and not text, (len(skipped or ()), len(left_out))
+    if maps: maps.finish()
+    file.unlink()
 
 # %% ../../nbs/app/02_command_line.ipynb #8f2738f5
 @_command
@@ -203,7 +249,7 @@ def _evaluate(
         from sdmad_nb.app.sdmad import SDMAD
         table = SDMAD.load(model, pretrained, device, backbone).evaluate(folder, calibrated=calibrated, maps=maps)
         for note in table.attrs["notes"]: print(f"note: {note}")
-        _write_csv([table.reset_index()], target)
+        _write_texts([_as_csv(table.reset_index())], target)
 
 # %% ../../nbs/app/02_command_line.ipynb #126a04f6
 @_command
@@ -243,7 +289,7 @@ def _backbones(
     from sdmad_nb.data.backbones import list_backbones
     _check_place("output", output)
     table = list_backbones(modality)
-    if output: return _write_csv([table], output)
+    if output: return _write_texts([_as_csv(table)], output)
     facts = table[["name", "modality", "pixels", "parameters", "access", "licence", "tested"]]
     facts = facts.assign(parameters=[f"{count} M" if count.isdigit() else count for count in facts.parameters])
     head, *lines = _aligned([tuple(facts), *facts.itertuples(index=False)])

@@ -77,12 +77,13 @@ def _slices(name, path, reader):  # a file -> its slices; DataError
 
 # %% ../../nbs/app/00_1_pictures.ipynb #a30683cb
 def list_images(
-    images,  # a file, a folder, a picture, an array or tensor of one image or of B, or a list of these
+    images,  # a file, a folder, a picture, an array or tensor of one image or of B, or a list of these or of `Shown`
     reader: ImageReader = ImageReader(),
     skipped: list = None,  # takes the sentences about scans that cannot be opened; None: the first is an error
 ) -> tuple:  # list of `Shown`, no pixels read yet; files that are no images; DataError for a folder without any
     "Name every image."
     if isinstance(images, (str, os.PathLike)): images = [images]
+    if isinstance(images, list) and images and isinstance(images[0], Shown): return images, []
     if not isinstance(images, (list, tuple)):
         images = [images] if isinstance(images, Image.Image) or images.ndim != 4 else list(images)
     pairs, rest = [], []

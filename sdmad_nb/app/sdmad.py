@@ -168,23 +168,23 @@ def stream(
     calibrated: bool = False,  # decide by the threshold instead of the method's own rule
     skipped: list = None,  # takes the sentences about bad images; None lets the first one stop everything
     left_out: list = None,  # takes the names of what there is nothing to predict on
-):  # yields a table for each batch; DataError for a bad image, or where none is left
+    start: int = 0,  # batches to pass over
+    show=None,  # called with the place in the list, `Shown` and `Explanation` of each image, see `explain`
+):  # yields a table for each batch, perhaps of no rows; DataError for a bad image, or where none is left
     "Predict batch by batch."
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size} but must be at least 1")
-    clip, calibration = self.detector.clip, _decides(self, calibrated)
+    if show: self.check_maps()
+    calibration = _decides(self, calibrated)
     (shown, rest), left_out = list_images(images, self.reader, skipped), [] if left_out is None else left_out
     left_out += [f"{name} is no image" for name in rest]
-    many, series = any(one.count > 1 for one in shown), any(one.series for one in shown)
-    done, starts = 0, range(0, len(shown), batch_size)
-    for start in tqdm(starts, desc="predict", unit="batch", disable=len(shown) <= batch_size):
-        batch = [(one, picture) for one in shown[start:start + batch_size]
+    columns = [("image", "name"), *[("slice", "number")] * any(one.count > 1 for one in shown)]
+    columns += [("series", "series")] * any(one.series for one in shown)
+    done, places = start, range(start * batch_size, len(shown), batch_size)
+    for first in tqdm(places, desc="predict", unit="batch", disable=None):
+        batch = [(first + i, one, picture) for i, one in enumerate(shown[first:first + batch_size])
                  if (picture := _opened(one, self.reader, skipped, left_out))]
-        if not batch: continue
-        names = {"image": [one.name for one, _ in batch]}
-        if many: names["slice"] = [one.number for one, _ in batch]
-        if series: names["series"] = [one.series for one, _ in batch]
-        pixels, done = torch.stack([clip.preprocess(picture) for _, picture in batch]), done + len(batch)
-        yield _rows(self.detector, names, Features(clip, pixels), calibration)
+        done += bool(batch)
+        yield _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
     reasons = [*(skipped or ()), *left_out]
     if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
@@ -195,6 +195,16 @@ def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None whe
         if one.count > 1 and isinstance(error, EmptyImage): left_out.append(f"slice {one.number} of {error}")
         elif skipped is None: raise
         else: skipped.append(str(error))
+
+def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture) of B images -> table
+    places, shown, pictures = zip(*batch)
+    names, clip = {name: [getattr(one, field) for one in shown] for name, field in columns}, model.detector.clip
+    features = Features(clip, torch.stack([clip.preprocess(picture) for picture in pictures]))
+    detector = _encode_once(model.detector, features)
+    table = _rows(detector, names, features, calibration)
+    if show:
+        for each in zip(places, shown, _explain(model, detector, pictures, features, table)): show(*each)
+    return table
 
 # %% ../../nbs/app/01_sdmad.ipynb #ac6406c7
 @patch
@@ -207,7 +217,8 @@ def predict(
 ) -> pd.DataFrame:  # a row for each image; DataError for a bad image, or where none is left
     "Predict all images in one table."
     skipped, left_out = [] if skip_bad else None, []
-    table = pd.concat(list(self.stream(images, batch_size, calibrated, skipped, left_out)), ignore_index=True)
+    tables = self.stream(images, batch_size, calibrated, skipped, left_out)
+    table = pd.concat([table for table in tables if len(table)], ignore_index=True)
     table.attrs |= {"skipped": skipped or [], "left_out": left_out}
     return table
 
@@ -224,6 +235,19 @@ def _title(row, name):  # of a finding's map: the decision and the score, where 
     told = [("no", "yes")[int(row[name])]] * (name in row)
     return f"{name}\n{', '.join([*told, *(f'{value:.2f}' for value in row.filter(items=[f'{name} score']))])}"
 
+# %% ../../nbs/app/01_sdmad.ipynb #c405aac3
+@torch.no_grad()
+def _explain(model, detector, pictures, features, table):  # of B images -> B of `Explanation`
+    said, reads = detector.predict(features), isinstance(detector, SignDetector)
+    one = said.finding_maps is None
+    titles = lambda row: [f"abnormal\n{row.abnormal:.2f}"] if one else [_title(row, name) for name in model.categories]
+    found = (said.anomaly_map[:, None] if one else said.finding_maps).numpy()  # (B, n, h, w)
+    signs = tuple(np.array(detector.signs.texts)[detector.keep.cpu()].tolist()) if reads else ()
+    places = detector.sign_maps(features).cpu().numpy() if reads else [None] * len(found)
+    return [Explanation(np.asarray(picture), table.iloc[[i]], found[i], titles(table.iloc[i]), signs, places[i],
+                        model.origin.limit) for i, picture in enumerate(pictures)]
+
+# %% ../../nbs/app/01_sdmad.ipynb #b483fe24
 @patch
 @torch.no_grad()
 def explain(
@@ -235,16 +259,9 @@ def explain(
     self.check_maps()
     if number is None and isinstance(image, (str, os.PathLike)) and (count := self.reader.inspect(image).count) > 1:
         raise DataError(f"image {image} has {count} slices: name one, as number={count // 2}")
-    picture, detector = to_picture(image, number=number or 0, reader=self.reader), self.detector
-    features = Features(detector.clip, detector.clip.preprocess(picture)[None])
-    said, table = detector.predict(features), _rows(detector, {"image": ["image"]}, features)
-    row, found = table.iloc[0], said.anomaly_map if said.finding_maps is None else said.finding_maps[0]  # (n, h, w)
-    titles = [f"abnormal\n{row.abnormal:.2f}"]
-    if said.finding_maps is not None: titles = [_title(row, name) for name in self.categories]
-    why = Explanation(np.asarray(picture), table, found.numpy(), titles, limit=self.origin.limit)
-    if not isinstance(detector, SignDetector): return why
-    texts = tuple(text for text, keep in zip(detector.signs.texts, detector.keep.tolist()) if keep)
-    return replace(why, signs=texts, sign_maps=detector.sign_maps(features)[0].cpu().numpy())
+    picture, clip = to_picture(image, number=number or 0, reader=self.reader), self.detector.clip
+    detector = _encode_once(self.detector, features := Features(clip, clip.preprocess(picture)[None]))
+    return _explain(self, detector, [picture], features, _rows(detector, {"image": ["image"]}, features))[0]
 
 # %% ../../nbs/app/01_sdmad.ipynb #85fd7166
 def _tested(dataset, origin):  # -> Truth, notes; DataError

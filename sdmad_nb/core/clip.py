@@ -338,7 +338,7 @@ def frozen(self: Features, names, compute, size: int = 32) -> torch.Tensor:  # (
     keys = [key(row) for row in self.rows]
     found = [clip.cache.read(kind, keys) for kind in kinds]  # for each name B tensors, or None in their place
     todo = [row for row, values in enumerate(zip(*found)) if any(value is None for value in values)]
-    bar = dict(desc=f"{', '.join(names)} of {clip.name}", unit="batch", disable=len(todo) <= size)
+    bar = dict(desc=f"{', '.join(names)} of {clip.name}", unit="batch", disable=len(todo) <= size or None)
     for rows in tqdm([todo[start:start + size] for start in range(0, len(todo), size)], **bar):
         for kind, values, made in zip(kinds, found, made_of(self[rows]).cpu().unbind(1)):
             clip.cache.write(kind, [keys[row] for row in rows], made)
@@ -368,7 +368,7 @@ def check_length(
 # %% ../../nbs/core/02_clip.ipynb #a03651af
 @torch.no_grad()
 def _encode_sentences(clip, sentences, size=64):  # -> (N, W)
-    bar = dict(desc=f"prompts of {clip.name}", unit="batch", leave=False, disable=len(sentences) <= 10 * size)
+    bar = dict(desc=f"prompts of {clip.name}", unit="batch", leave=False, disable=len(sentences) <= 10 * size or None)
     batches = tqdm([sentences[start:start + size] for start in range(0, len(sentences), size)], **bar)
     return torch.cat([clip.text.last(clip.tokenizer(batch).to(clip.device)) for batch in batches])
 

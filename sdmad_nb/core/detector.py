@@ -98,7 +98,7 @@ def predict(
 ) -> Prediction:  # of all images, in order
     "Predict images batch by batch."
     parts, many = list(features.batches(batch_size)), len(features) > 10 * batch_size
-    bar = tqdm(parts, desc=f"predict, {detector.method}", unit="batch", leave=False, disable=not many)
+    bar = tqdm(parts, desc=f"predict, {detector.method}", unit="batch", leave=False, disable=not many or None)
     return Prediction.cat([detector.predict(part, maps) for part in bar])
 
 # %% ../../nbs/core/07_detector.ipynb #d04fa8cd
@@ -198,7 +198,7 @@ def train(
     optimiser = optimiser or torch.optim.Adam(parameters, config.learning_rate, betas=config.betas)
     diverged = lambda what: ValueError(f"{what} at step {len(history)}: use a learning_rate below "
                                        f"{optimiser.param_groups[0]['lr']:g}")
-    for epoch in range(config.epochs):
+    for epoch in tqdm(range(config.epochs), desc="train", unit="epoch", leave=False, disable=None):
         if rate: optimiser.param_groups[0]["lr"] = rate(epoch)
         for rows in torch.randperm(count, generator=order).split(config.batch_size or count):
             loss = loss_of(rows)
