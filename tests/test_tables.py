@@ -16,11 +16,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import BIN, REAL, ROOT, run
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdmad_nb.core.config import Config
 from sdmad_nb.core.detector import predict, save
+from sdmad_nb.core.signs import preset_path, read_signs
 from sdmad_nb.data.cache import Cache
+from sdmad_nb.data.public_sets import chestxray14, oct2017
 from sdmad_nb.data.splits import draw_split
 from sdmad_nb.data.support import read_features, read_support
 from sdmad_nb.lab.benchmark import each_patient, open_benchmark, run_all
@@ -251,6 +254,39 @@ def test_the_papers_numbers_stand_beside_the_bmad_set_of_that_name(plain, tmp_pa
     assert printed_table(experiment, 1, long).loc["FusionCLIP-AD"].tolist() == [92.77, "50.0"]
 
 
+def write_downloads(folder, preset):  # -> a prepared folder
+    "Write noise in the layout of a public set: five images of each finding and of none, each of a patient of its own."
+    numbers = [(name, patient) for name in (*read_signs(preset_path(preset)).categories, "") for patient in range(5)]
+    places = {"oct2017": lambda name, i: f"{('train', 'test')[i % 2]}/{name or 'NORMAL'}/{name or 'NORMAL'}-{i}-1.png",
+              "chestxray14": lambda name, i: f"images_001/images/{i:08}_000.png"}
+    table = ["Image Index,Finding Labels,Patient ID"]
+    for i, (name, _) in enumerate(numbers):
+        path = folder / places[preset](name, i)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 32), np.uint8)).save(path)
+        table.append(f"{path.name},{name or 'No Finding'},{i}")
+    entries = folder.with_suffix(".csv")
+    entries.write_text("\n".join(table))
+    out = folder.with_name(f"prepared-{preset}")
+    return oct2017(folder, out) if preset == "oct2017" else chestxray14(folder, entries, out)
+
+
+@pytest.mark.parametrize("preset", ["oct2017", "chestxray14"])
+def test_sets_of_several_findings_go_through_tables_2_and_3(preset, tmp_path):
+    "As downloaded, prepared and passed as -p data; the signs are found by the names of the findings."
+    folder = write_downloads(tmp_path / "download", preset)
+    (folder / "signs.json").unlink()
+    for number in (2, 3):
+        done = papermill(tmp_path, f"run_table{number}.ipynb", data=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        text = (tmp_path / f"table{number}-smoke" / "table.md").read_text(encoding="utf-8")
+        assert "demo data" not in text and "SD-MAD (no SS)" in text
+    findings = read_signs(preset_path(preset)).categories
+    assert all(f"| {name} |" in text for name in findings), "Table 3 has a row for each finding"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "runs").glob("*-sd_mad-*.json")]
+    assert len(records) == 1 and len(records[0]["outputs"]["keep"]) == len(read_signs(preset_path(preset)).texts)
+
+
 @pytest.mark.parametrize("name", ["idrid_codras", "openms_flair", "nih1000_64px"])
 def test_real_images_go_through(name, tmp_path, monkeypatch):
     "Real labels and pixels; one step of training, because this tests the way and not the score."
@@ -290,7 +326,7 @@ def test_make_runs_every_notebook_of_both_papers():
              *re.search(r"printf '%s\\n' (.*) \|", commands["fusion"])[1].split()]
     there = [path.stem.removeprefix("run_fusion_") for path in (ROOT / "nbs").glob("run_fusion_[tf][ai][bg]*.ipynb")]
     assert sorted(named) == sorted(there) and all("-p smoke True -p results there" in text for text in commands.values())
-    assert set(re.findall(r"run_(\w+)\.ipynb", commands["tables"])) == {"table1", "table2", "table3", "fig3", "fig4"}
+    assert set(re.findall(r"run_(\w+)\.ipynb", commands["tables"])) == {"table1", "table2", "table3", "fig1", "fig3", "fig4"}
 
 
 def test_the_numbers_of_the_readme_are_those_of_a_fresh_run(tmp_path):
