@@ -6,7 +6,7 @@ TESTERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv table2 tables fusion test figures readme docs dist clean
+.PHONY: help venv table2 tables fusion test figures real readme docs dist clean
 
 help:
 	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test     set everything up and run every notebook and every test"
 	@echo "make venv     set everything up in $(VENV), about 6 GB"
 	@echo "make figures  run what README and results page show, and write their tables and pictures anew"
+	@echo "make real     Tables of real images: REAL='folder folder ...' (data/00_folder)"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make docs     build the documentation site in _docs: every notebook, every module, searchable offline"
 	@echo "make dist     build the sdist and the wheel in dist, and check them"
@@ -82,6 +83,14 @@ figures: tables fusion
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb nbs/results.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
+
+# The same page's tables of real images, from folders that you have: make real REAL='folders/chest folders/flair' SHOTS='1, 4'.
+# Each folder's last name is that of its table.
+SHOTS ?= 1
+real: $(STAMP)
+	for folder in $(REAL); do name=real-$$(basename $$folder); \
+	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], shot_counts: [$(SHOTS)]}" \
+	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md || exit 1; done
 
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py

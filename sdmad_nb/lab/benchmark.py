@@ -147,7 +147,8 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
 def _run(benchmark, method, seed, folder, truths):  # -> record; `truths` keeps what is known about the last test set
     chosen = find_method(method)
-    config = chosen.configure(replace(benchmark.config, **benchmark.changes.get(method, {}), seed=seed))
+    chosen = replace(chosen, changes=chosen.changes | benchmark.changes.get(method, {}))
+    config = chosen.configure(replace(benchmark.config, seed=seed))
     split = split_of(benchmark, config, folder)
     if (tested := (benchmark.dataset.name, split.test)) not in truths:
         truths.clear()
