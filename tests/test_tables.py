@@ -124,7 +124,8 @@ if __name__ == "__main__":
     with ExitStack() as cluster:
         if "dask" in sys.argv:
             from distributed import Client, LocalCluster
-            there = cluster.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None))
+            there = cluster.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None,
+                                                               preload=["sdmad_nb.lab.benchmark"]))
             cluster.enter_context(Client(there)), cluster.enter_context(parallel_config("dask"))
         print("ready", flush=True)
         run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], folder, jobs)
