@@ -119,7 +119,7 @@ def contents():
     top = [name for name in NOTEBOOKS if "/" not in name and name != "index"]
     experiments = [name for name in top if name.startswith(("run_", "train_"))]
     groups = {"Start here": [name for name in top if name not in experiments], "Tutorials": inside("tutorials"),
-              **{room.capitalize(): inside(room) for room in ROOMS}, "Experiments": experiments,
+              **{room.capitalize(): inside(room) for room in ROOMS}, "Experiments": experiments, "Questions": inside("questions"),
               "Reference": ["api/index"], "Project": [page.removesuffix(".md") for page in PAGES]}
     return "\n\n".join("\n".join([":::{toctree}", ":hidden:", f":caption: {caption}", "", *names, ":::"])
                        for caption, names in groups.items())
