@@ -126,7 +126,7 @@ if __name__ == "__main__":
             from distributed import Client, LocalCluster
             there = cluster.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None,
                                                                preload=["sdmad_nb.lab.benchmark"]))
-            cluster.enter_context(Client(there)), cluster.enter_context(parallel_config("dask"))
+            cluster.enter_context(Client(there)), cluster.enter_context(parallel_config("dask", scatter=[benchmark]))
         print("ready", flush=True)
         run_all([benchmark], ["clip", "linear-probe", "sd-mad"], [0, 1, 2], folder, jobs)
 """
