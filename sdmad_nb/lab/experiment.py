@@ -82,7 +82,7 @@ def _check_paper(paper, categories):  # ValueError where there is no such set, o
             "OCT17": "oct2017"}
     if paper and paper not in sets:
         raise ValueError(f"paper is {paper!r}: use one of {', '.join(sets)}, or leave it empty")
-    if paper and tuple(categories) != (wanted := BMAD[sets[paper]].category,):
+    if paper and tuple(categories) != (wanted := BMAD[sets[paper]][0],):
         found = ", ".join(map(repr, categories))
         raise ValueError(f"paper is {paper!r} but the data has {found} and not {wanted!r}, as BMAD's set has: "
                          "leave paper empty, or set data to the folder that `sdmad prepare bmad` has made")
