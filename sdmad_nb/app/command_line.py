@@ -127,11 +127,10 @@ def _fit(
         raise OSError(f"output {output}: its folder does not exist, make it first")
     _check_place("output", output)
     choices = dict(backbone=backbone, pretrained=pretrained, image_size=image_size, precision=precision)
-    choices |= dict(epochs=epochs, lam=lam)
+    choices |= {name: value for name, value in dict(epochs=epochs, lam=lam).items() if value is not None}
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD, Config
-        config = Config(**{name: value for name, value in choices.items() if value is not None})
-        model = SDMAD.fit(folder, shots, seed, signs, config, device, sensitivity, method)
+        model = SDMAD.fit(folder, shots, seed, signs, Config(**choices), device, sensitivity, method)
         print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
         print(_seen(model))
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
