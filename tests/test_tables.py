@@ -181,7 +181,7 @@ def test_runs_on_two_workers_are_the_same(work, calm, tmp_path, words):
 
 
 def test_a_split_file_of_the_user_is_used_for_every_seed(tmp_path):
-    drawn = draw_split(open_benchmark(Config(), small=True).dataset, 2, 7)
+    drawn = draw_split(open_benchmark(Config(), small=True).dataset, Config(shots=2, seed=7))
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps({"train": drawn.train, "shots": 2}))
     benchmark = open_benchmark(Config(), small=True, split=str(mine))
