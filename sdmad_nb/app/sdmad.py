@@ -117,8 +117,7 @@ def _origin(dataset, rows, method, detector, support):
     return Origin(frozenset(dataset.hashes[row] for row in rows), patients, salt, dataset.pixels, limit)
 
 def _learned_rows(dataset, config, everything):  # -> row numbers; DataError
-    draw = lambda: draw_split(dataset, config)
-    if not everything: return indices(dataset, draw().train)
+    if not everything: return indices(dataset, draw_split(dataset, config).train)
     rows = [i for i in range(len(dataset)) if dataset.split is None or dataset.split[i] == "train"]
     absent = [name for name, count in zip(dataset.categories, dataset.labels[rows].sum(0)) if not count]
     if not absent: return np.array(rows)

@@ -91,7 +91,7 @@ class _SignFile:
     signs: Annotated[dict[_NAME, _SIGNS], Field(min_length=1)]  # category: chosen signs; ordered as the label columns
     templates: _TEMPLATES = _DEFAULT_TEMPLATES
     candidates: dict[_NAME, _SIGNS] = field(default_factory=dict)  # category: all descriptions; empty if not recorded
-    note: Annotated[str, Field(min_length=0)] = ""  # who wrote the signs and who has approved them
+    note: Annotated[str, Field(min_length=0)] = ""  # who wrote the signs, and who approved them
     request: Annotated[str, Field(min_length=0)] = ""  # what a language model was asked for the candidates
 
     @model_validator(mode="after")

@@ -320,8 +320,8 @@ def _write_demo(folder, rows, seed, jobs):
     present = [name for name in CATEGORIES if any(name in row["findings"] for row in rows)]
     images = [Row(f"images/{row['name']}.png", row["patient"], row["findings"],
                   mask=f"masks/{row['name']}.png" * bool(row["findings"])) for row in rows]
-    write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
-    write_csv(folder / "labels.csv", [rows_table(images, present)])
+    write_csv(folder / "boxes.csv", pd.DataFrame(boxes, columns=BOX_COLUMNS))
+    write_csv(folder / "labels.csv", rows_table(images, present))
     (folder / "signs.json").write_bytes((_ASSETS / "signs" / "fastmri_plus.json").read_bytes())
 
 # %% ../../nbs/data/02_phantom.ipynb #8f6940e6

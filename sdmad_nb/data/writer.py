@@ -160,13 +160,9 @@ def _check_target(out, images):  # DataError, OSError
 def _write_json(path, content):
     write_atomically(path, lambda beside: beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
-def write_csv(target, tables):  # path or open file; tables with the same columns, one after the other
-    "Write tables as one file, whole or not at all."
-    def write(file):
-        for i, table in enumerate(tables): table.to_csv(file, index=False, header=i == 0, lineterminator="\n")
-    def write_file(path):
-        with path.open("w", encoding="utf-8", newline="") as file: write(file)
-    write(target) if hasattr(target, "write") else write_atomically(target, write_file)
+def write_csv(path, table: pd.DataFrame):
+    "Write a table without its index, whole or not at all."
+    write_atomically(path, lambda beside: table.to_csv(beside, index=False, lineterminator="\n"))
 
 def _remove_strays(folder, rows):
     named = {folder / name for row in rows for name in (row.image, row.mask)}
@@ -183,10 +179,10 @@ def _finish(done, rows, categories, signs, left_out):  # a `Preparation` but for
               "left_out": left_out}
     _remove_strays(folder, rows)
     boxes = [(row.image, *box) for row in rows for box in row.boxes if box[0] in categories]
-    if boxes: write_csv(folder / "boxes.csv", [pd.DataFrame(boxes, columns=BOX_COLUMNS)])
+    if boxes: write_csv(folder / "boxes.csv", pd.DataFrame(boxes, columns=BOX_COLUMNS))
     if signs: write_signs(restrict(signs, categories), folder / "signs.json")
     _write_json(folder / RECORD, record)
-    write_csv(folder / "labels.csv", [rows_table(rows, categories)])
+    write_csv(folder / "labels.csv", rows_table(rows, categories))
     return _report(folder)
 
 _BROKEN = "some files cannot be read: get them again and run the same command, which goes on from here"

@@ -69,15 +69,11 @@ def open_benchmark(
                         f"{findings} or more apart: nbs/run_table1.ipynb asks normal or not")
     own = read_split(split, dataset) if split else None
     if own: config = replace(config, shots=own.shots or config.shots, split_level=own.level)
-    else: _draw(dataset, config)  # are there enough images?
+    else: draw_split(dataset, config)  # are there enough images?
     clip = load_clip(config.backbone, config.pretrained, config.image_size, where, config.precision)
     if cache: clip = replace(clip, cache=Cache(cache_folder("frozen")))
     resolve_layers(config.layers, clip.depth)
     return Benchmark(dataset, restrict(sign_set, dataset.categories), clip, config, own, data == "demo")
-
-# %% ../../nbs/lab/06_benchmark.ipynb #f524159f
-def _draw(dataset, config):
-    return draw_split(dataset, config)
 
 # %% ../../nbs/lab/06_benchmark.ipynb #dc9da055
 def each_patient(benchmark: Benchmark) -> list:  # of Benchmarks, one per patient; ValueError where the split is given
@@ -85,7 +81,7 @@ def each_patient(benchmark: Benchmark) -> list:  # of Benchmarks, one per patien
     if benchmark.split:
         raise ValueError("each_patient and split cannot go together: a split file says itself who is tested")
     folds = [hold_out(benchmark.dataset, name) for name in dict.fromkeys(benchmark.dataset.patients)]
-    for fold in folds: _draw(fold, benchmark.config)
+    for fold in folds: draw_split(fold, benchmark.config)
     return [replace(benchmark, dataset=fold) for fold in folds]
 
 def check_seeds(seeds) -> list:  # ValueError
@@ -125,7 +121,7 @@ def split_of(
     name = name.replace("/", "%2F").replace("\\", "%5C")  # a name never leads out of the folder
     path = Path(folder) / "splits" / f"{name}-{dataset_fingerprint(dataset)[:6]}.json"
     if path.is_file(): return read_split(path, dataset)
-    split = _draw(dataset, config)
+    split = draw_split(dataset, config)
     write_split(split, path)
     return split
 
