@@ -6,7 +6,7 @@ TESTERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv table2 tables fusion test figures real readme docs dist clean
+.PHONY: help venv table2 tables fusion test figures real maps readme docs dist clean
 
 help:
 	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
@@ -15,7 +15,7 @@ help:
 	@echo "make test     set everything up and run every notebook and every test"
 	@echo "make venv     set everything up in $(VENV), about 6 GB"
 	@echo "make figures  run what README and results page show, and write their tables and pictures anew"
-	@echo "make real     Tables of real images: REAL='folder folder ...' (data/00_folder)"
+	@echo "make real     decisions and Table 2 on real images: REAL='folder folder ...' (data/00_folder); make maps: Table 1"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make docs     build the documentation site in _docs: every notebook, every module, searchable offline"
 	@echo "make dist     build the sdist and the wheel in dist, and check them"
@@ -84,13 +84,22 @@ figures: tables fusion
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
 
-# The same page's tables of real images, from folders that you have: make real REAL='folders/chest folders/flair' SHOTS='1, 4'.
-# Each folder's last name is that of its table.
+# The same page's tables of real images, from folders that you have: make real REAL='folders/chest folders/fundus' SHOTS='1, 4'.
+# Each folder's last name is that of its tables. A folder with masks and few patients: make maps REAL=folders/flair
 SHOTS ?= 1
+SEEDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 real: $(STAMP)
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
-	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], shot_counts: [$(SHOTS)]}" \
-	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md || exit 1; done
+	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: $(SEEDS), shot_counts: [$(SHOTS)]}" \
+	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md && \
+	  $(RUN) nbs/run_table2.ipynb -p data $$folder -y 'seeds: $(SEEDS)' -p results results/$$name && \
+	  cp results/$$name/table2/table.md nbs/figures/$$name-table2.md && \
+	  cp results/$$name/table2/intervals/table.md nbs/figures/$$name-intervals.md || exit 1; done
+
+maps: $(STAMP)
+	for folder in $(REAL); do name=real-$$(basename $$folder); \
+	  $(RUN) nbs/run_table1.ipynb -p data $$folder -y '{each_patient: True, seeds: [0, 1, 2]}' -p results results/$$name && \
+	  cp results/$$name/table1/table.md nbs/figures/$$name-table1.md || exit 1; done
 
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py
