@@ -6,7 +6,7 @@ TESTERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv table2 tables fusion test figures real maps readme docs dist clean
+.PHONY: help venv table2 tables fusion test figures real maps decisions readme docs dist clean
 
 help:
 	@echo "make table2   set everything up and make Table 2 of the demo's slice $(SLICE) (make table2 SLICE=0 for another)"
@@ -85,21 +85,24 @@ figures: tables fusion
 	$(BIN)/python tests/readme.py
 
 # The same page's tables of real images, from folders that you have: make real REAL='folders/chest folders/fundus' SHOTS='1, 4'.
-# Each folder's last name is that of its tables. A folder with masks and few patients: make maps REAL=folders/flair
+# Each folder's last name is that of its tables. One finding, masks, few patients: make maps REAL=folders/flair
 SHOTS ?= 1
 SEEDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-real: $(STAMP)
+real: decisions
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
-	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: $(SEEDS), shot_counts: [$(SHOTS)]}" \
-	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md && \
 	  $(RUN) nbs/run_table2.ipynb -p data $$folder -y 'seeds: $(SEEDS)' -p results results/$$name && \
 	  cp results/$$name/table2/table.md nbs/figures/$$name-table2.md && \
 	  cp results/$$name/table2/intervals/table.md nbs/figures/$$name-intervals.md || exit 1; done
 
-maps: $(STAMP)
+maps: decisions
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
 	  $(RUN) nbs/run_table1.ipynb -p data $$folder -y '{each_patient: True, seeds: [0, 1, 2]}' -p results results/$$name && \
 	  cp results/$$name/table1/table.md nbs/figures/$$name-table1.md || exit 1; done
+
+decisions: $(STAMP)
+	for folder in $(REAL); do name=real-$$(basename $$folder); \
+	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: $(SEEDS), shot_counts: [$(SHOTS)]}" \
+	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md || exit 1; done
 
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py
