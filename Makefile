@@ -60,6 +60,10 @@ fusion: $(STAMP)
 	$(RUN) nbs/run_fusion_table1.ipynb $(WITH)
 	printf '%s\n' $(REST) | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(RUN) nbs/run_fusion_{}.ipynb $(WITH) --no-progress-bar
 
+# A picture for a screen, where the one for print has several megabytes
+SMALLER = $(BIN)/python -c 'import sys; from PIL import Image; picture = Image.open(sys.argv[1]); \
+	picture.thumbnail((1700, 1700)); picture.save(sys.argv[2])'
+
 # The tables and pictures of the README and of the results page: made from the records of these runs, never typed
 figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
@@ -73,7 +77,7 @@ figures: tables fusion
 	cp results/decisions/table.md nbs/figures/decisions.md
 	cp results/decisions/decisions.png nbs/figures/decisions.png
 	cp results/table1/table.md nbs/figures/table1.md
-	cp results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
+	$(SMALLER) results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
 	cp results/table3/table.md nbs/figures/table3.md
 	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
 	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
