@@ -49,11 +49,7 @@ def _checksum(key, value):  # name and tensor of one image
 # %% ../../nbs/data/00_0_cache.ipynb #c64c1b1e
 class Cache:
     "Keep frozen values in files of one batch each."
-    def __init__(
-        self,
-        folder,
-        limit_gb: float = 50,  # the oldest files make room beyond it
-    ):
+    def __init__(self, folder, limit_gb: float = 50):  # beyond the limit the oldest files make room
         self.root, self.limit = Path(folder), 1e9 * limit_gb
         self.folder, self.places, self.used = self.root / f"torch-{torch.__version__}", {}, None
 
