@@ -9,7 +9,7 @@ __all__ = ['load_clip', 'save_demo_clip', 'sdmad_small', 'load_demo_clip', 'chec
 # %% ../../nbs/data/08_backbones.ipynb #24d69a65
 import io
 import json
-import pickle
+import re
 import zipfile
 from dataclasses import replace
 from difflib import get_close_matches
@@ -76,7 +76,6 @@ def save_demo_clip(
     notes = {"config": json.dumps(config), "sources": sources}
     return write_atomically(path, lambda file: file.write_bytes(save(state, notes)))
 
-# %% ../../nbs/data/08_backbones.ipynb #cdfa7248
 @timm.models.register_model
 def sdmad_small(
     pretrained: bool = False,  # timm passes it; the weights come from the package's file
@@ -160,11 +159,7 @@ def _check_quickgelu(name, pretrained):  # raises ValueError that names the righ
                      f"use backbone {right!r}")
 
 # %% ../../nbs/data/08_backbones.ipynb #bafa32ee
-def check_clip(
-    name: str,
-    pretrained: str = "",
-    image_size: int = 0,
-):  # raises ValueError where name, weights and size cannot go together
+def check_clip(name: str, pretrained: str = "", image_size: int = 0):  # ValueError where they cannot go together
     "Refuse what `load_clip` could not load, without loading anything."
     if name in _PACKAGED:
         if not pretrained and not image_size: return
@@ -208,10 +203,7 @@ def _loading_error(name, pretrained, error):
                            f"or fetch it on another machine and {instead}")
 
 # %% ../../nbs/data/08_backbones.ipynb #7cded7d1
-def resize_input(
-    model,  # an open_clip model; changed in place
-    image_size: int,  # pixels
-):  # ValueError where the tower cannot be resized
+def resize_input(model, image_size: int):  # of open_clip, changed in place; pixels; ValueError where it has one size
     "Give an image tower another input size, with interpolated positions."
     visual = model.visual
     if hasattr(visual, "trunk") and hasattr(visual.trunk, "set_input_size"): visual.set_input_size(image_size)
@@ -226,66 +218,43 @@ def resize_input(
         raise ValueError("the image encoder of this model has one input size: leave image_size at 0")
 
 # %% ../../nbs/data/08_backbones.ipynb #ab000002
-def resolve_backbone(
-    config: Config,
-    device,
-    demo: bool,  # whether the images are the demo's
-) -> Config:  # ValueError where what it names cannot go together
-    "Put names in the place of `auto` for the backbone and for the precision."
+def resolve_backbone(config: Config, device, demo: bool) -> Config:  # ValueError where its names cannot go together
+    "Put names in the place of `auto` for the backbone, by whether the images are the demo's, and for the precision."
     name = config.backbone if config.backbone != "auto" else "demo" if demo else "small"
     check_clip(name, config.pretrained, config.image_size)
     return replace(config, backbone=name, precision=_precision(config.precision, device, name))
 
 # %% ../../nbs/data/08_backbones.ipynb #cd30b3f0
-class _Held:
-    "Remember what an archive says about an object, and do nothing with it."
-    state, parts = None, ()
-    def __init__(self, *parts): self.parts = parts
-    def __setstate__(self, state): self.state = state
+class _Part:
+    "Keep the attributes of an object in an archive, and do nothing with them."
+    def __init__(self, *values): pass
 
-    def tensors(self, prefix=""):  # yields name, storage, offset, size, stride; each object once
-        state, self.state = self.state, {}
+    def tensors(self, prefix=""):  # yields name and tensor; each object once
+        state, self.__dict__ = self.__dict__, {}
         for name, value in state.items():
-            if not isinstance(value, _Held): continue
-            if value.state is not None: yield from value.tensors(f"{prefix}{name}.")
-            elif len(value.parts) > 3: yield f"{prefix}{name}", *value.parts[:4]
+            if torch.is_tensor(value): yield prefix + name, value
+            elif isinstance(value, _Part): yield from value.tensors(f"{prefix}{name}.")
 
-class _Unpickler(pickle.Unpickler):
-    "Put a `_Held` in place of all classes and functions."
-    def persistent_load(self, storage): return storage  # "storage", its type, key, device and length
-    def find_class(self, module, name):
-        if module.split(".")[0] not in ("__torch__", "torch", "collections"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which has no place among weights")
-        return name if module == "torch" and name.endswith("Storage") else _Held
-
-# %% ../../nbs/data/08_backbones.ipynb #9a5e6a4d
 def _read_torchscript(path):  # -> {name: tensor}, as of `torch.jit.load(path).state_dict()`
-    state, storages = {}, {}
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
-        def read(name):
-            entry = archive.getinfo(f"{root}/{name}")
-            if entry.compress_type == zipfile.ZIP_STORED: return archive.read(entry)
-            raise zipfile.BadZipFile(f"{entry.filename} is compressed")
-        held = _Unpickler(io.BytesIO(read("data.pkl"))).load()
-        for name, (_, kind, key, *_), offset, size, stride in held.tensors():
-            if key not in storages:
-                dtype = getattr(torch, kind.removesuffix("Storage").lower())
-                storages[key] = torch.frombuffer(bytearray(read(f"data/{key}")), dtype=dtype)
-            state[name] = storages[key].as_strided(size, stride, offset)
-    return state
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for entry in old.infolist():
+            if not re.match(r"[^/]+/(data/|data\.pkl$|(\.data/)?version$|byteorder$)", entry.filename): continue
+            if entry.compress_type != zipfile.ZIP_STORED: raise zipfile.BadZipFile(f"{entry.filename} is compressed")
+            new.writestr(entry, old.read(entry))
+    copy.seek(0)
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
+    own = [(_Part, name) for name in named if name.startswith(("__torch__.", "torch."))]
+    copy.seek(0)
+    with torch.serialization.safe_globals(own): return dict(torch.load(copy, "cpu", weights_only=True).tensors())
 
 # %% ../../nbs/data/08_backbones.ipynb #1f1ca902
-def _asks_for_code(config):  # parsed JSON
-    if isinstance(config, list): return any(map(_asks_for_code, config))
-    if not isinstance(config, dict): return False
-    return bool(config.get("trust_remote_code")) or any(map(_asks_for_code, config.values()))
-
 def _check_code(name):  # ValueError, ConnectionError
-    try: asks = _asks_for_code(open_clip.get_model_config(name))
+    try: config = json.dumps(open_clip.get_model_config(name))
     except Exception as error: raise _loading_error(name, "", error) from error
-    if asks: raise ValueError(f"backbone {name!r} would run Python code of its own (trust_remote_code in its "
-                              "open_clip_config.json): take the entry out and use a tokenizer of transformers itself")
+    if re.search('"trust_remote_code": (?!false|null)', config):
+        raise ValueError(f"backbone {name!r} would run Python code of its own (trust_remote_code in its "
+                         "open_clip_config.json): take the entry out and use a tokenizer of transformers itself")
 
 # %% ../../nbs/data/08_backbones.ipynb #cc035f41
 def list_backbones(
@@ -300,9 +269,7 @@ def list_backbones(
     wanted = [modality, "any medical", "general"] if modality else known
     return table[table.modality.isin(wanted)]
 
-def backbone_seen(
-    clip,  # a `Clip`, or its name
-) -> str:  # one sentence without its full stop; empty where the list does not say
+def backbone_seen(clip) -> str:  # a `Clip`, or its name -> one sentence without its full stop, or ""
     "Say what a backbone has seen."
     table = list_backbones()
     alone = table[(table.backbone != "") & (table.pretrained == "")].set_index("backbone").seen

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,18 +49,17 @@ def _checksum(key, value):  # name and tensor of one image
 # %% ../../nbs/data/00_0_cache.ipynb #c64c1b1e
 class Cache:
     "Keep frozen values in files of one batch each."
-    def __init__(
-        self,
-        folder,
-        limit_gb: float = 50,  # the oldest files make room beyond it
-    ):
+    def __init__(self, folder, limit_gb: float = 50):  # beyond the limit the oldest files make room
         self.root, self.limit = Path(folder), 1e9 * limit_gb
         self.folder, self.places, self.used = self.root / f"torch-{torch.__version__}", {}, None
 
     def read(self, kind: str, keys) -> list:  # a tensor for each key; None where there is no sound one
         places = self.places.setdefault(kind, {})
-        if any(key not in places for key in keys): self._look(kind)
-        return [self._read(kind, key) if key in places else None for key in keys]
+        files = set() if places.keys() >= {*keys} else {*(self.folder / kind).glob("[!.]*.safetensors")}
+        for file in sorted(files - {file for file, _ in places.values()}):
+            found = _open(file, lambda _, rows: {key: row for row, (key, _) in enumerate(rows)}) or {}
+            places.update({key: (file, row) for key, row in found.items()})
+        return [_open(places[key][0], partial(_value, key, places[key][1])) if key in places else None for key in keys]
 
     def write(self, kind: str, keys, values: torch.Tensor):  # (B, ...); ValueError where a value is not finite
         if not values.isfinite().all():
@@ -72,36 +72,18 @@ class Cache:
         self._make_room(len(data))
 
 # %% ../../nbs/data/00_0_cache.ipynb #33f411f8
-def _rows(stored): return json.loads(stored.metadata()["rows"])  # of an open file -> [[key, checksum], ...]
-
-_FAULTS = (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError)
-
-@patch
-def _look(self: Cache, kind):
-    places = self.places[kind]
-    for file in sorted({*(self.folder / kind).glob("[!.]*.safetensors")} - {file for file, _ in places.values()}):
-        try:
-            with safe_open(file, "pt") as stored: rows = _rows(stored)
-            places.update({key: (file, row) for row, (key, _) in enumerate(rows)})
-        except _FAULTS: self._drop(kind, file)
-
-@patch
-def _read(self: Cache, kind, key):
-    file, row = self.places[kind].get(key, (None, 0))
-    if file is None: return None  # a file that was dropped a moment ago
+def _open(file, look):  # function of the open file and its [[key, checksum], ...] -> what it gives, None for a fault
     try:
-        with safe_open(file, "pt") as stored: said, value = _rows(stored)[row], stored.get_slice("value")[row]
-        if said == [key, _checksum(key, value)]: return value
-    except _FAULTS: pass
-    self._drop(kind, file)
+        with safe_open(file, "pt") as stored: return look(stored, json.loads(stored.metadata()["rows"]))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError):
+        if file.exists(): print(f"cache file {file.parent.name}/{file.name} is damaged: computing what it holds again")
+        file.unlink(missing_ok=True)
 
-@patch
-def _drop(self: Cache, kind, file):
-    self.places[kind] = {key: place for key, place in self.places[kind].items() if place[0] != file}
-    if file.exists(): print(f"cache file {kind}/{file.name} is damaged: computing what it holds again")
-    file.unlink(missing_ok=True)
+def _value(key, row, stored, rows):
+    value = stored.get_slice("value")[row]
+    if rows[row] == [key, _checksum(key, value)]: return value
+    raise ValueError(f"{key} has another checksum")
 
-# %% ../../nbs/data/00_0_cache.ipynb #957a2f09
 @patch
 def _make_room(self: Cache, size):
     self.used = None if self.used is None else self.used + size

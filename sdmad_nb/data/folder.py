@@ -109,16 +109,6 @@ def read_table(
     if faults: raise DataError(f"{path} cannot be used", _sentences(Path(path).name, faults))
     return table.set_axis([f"{Path(path).name}, line {line}" for line in table.index])
 
-# %% ../../nbs/data/00_folder.ipynb #880045be
-def _cell_faults(table, categories):
-    image, twice = table["image"], table["image"].map(os.path.normpath).duplicated()
-    return _broken(table, [
-        ("image", image == "", "write the path of its file"),
-        ("image", twice & (image != ""), "it is in the table already, delete one of the two lines"),
-        ("patient", table["patient"] == "", "write whose image it is; a number of its own will do"),
-        ("split", ~table["split"].isin(["", "train", "test"]), "write train, test or nothing"),
-        *((name, ~table[name].isin(["0", "1"]), "write 0 or 1") for name in categories)])
-
 # %% ../../nbs/data/00_folder.ipynb #6fb4a111
 RESERVED = ("image", "patient", "split", "mask")  # columns of labels.csv that are not categories
 
@@ -132,10 +122,8 @@ def _header_faults(header):
     return [f"labels.csv {fault} (its header is {', '.join(header)}): {remedy}" for fault in faults] + [
         f"labels.csv has the column {name!r}: {fault}" for name, fault in names if fault]
 
-def _read_inner(folder, name): return _parse_table(name, _read_inside(folder, name, name))  # a table of a data set
-
 def _read_header(folder):  # -> texts, C names, faults; DataError
-    table, faults = _read_inner(folder, "labels.csv")
+    table, faults = _parse_table("labels.csv", _read_inside(folder, "labels.csv", "labels.csv"))
     if wrong := _header_faults(list(table)): raise DataError("the header is wrong", wrong)
     return table, [column for column in table if column not in RESERVED], faults
 
@@ -145,6 +133,15 @@ def read_findings(folder) -> list:  # C names; DataError where the header is non
     except DataError as error: raise DataError(f"{Path(folder) / 'labels.csv'} cannot be used", error.faults) from error
 
 # %% ../../nbs/data/00_folder.ipynb #c559f6f6
+def _cell_faults(table, categories):
+    image, twice = table["image"], table["image"].map(os.path.normpath).duplicated()
+    return _broken(table, [
+        ("image", image == "", "write the path of its file"),
+        ("image", twice & (image != ""), "it is in the table already, delete one of the two lines"),
+        ("patient", table["patient"] == "", "write whose image it is; a number of its own will do"),
+        ("split", ~table["split"].isin(["", "train", "test"]), "write train, test or nothing"),
+        *((name, ~table[name].isin(["0", "1"]), "write 0 or 1") for name in categories)])
+
 def _read_labels(folder, partial=False):  # -> texts, C names, faults; DataError
     table, categories, faults = _read_header(folder)
     if table.empty:
@@ -176,7 +173,6 @@ def _read_picture(folder, kind, name):  # "image" or "mask", and its path or "" 
     except DataError as error: return b"", None, [str(error)]
     return data, picture, []
 
-# %% ../../nbs/data/00_folder.ipynb #cd80d3d5
 def check_row(folder, image, mask="") -> Checked:  # resolved folder, and paths inside it; no path, no file
     "Read the image and the mask of one row, and say what is wrong with them."
     data, picture, faults = _read_picture(folder, "image", image)
@@ -202,7 +198,6 @@ def in_threads(
     threads = Parallel(min(8, os.cpu_count() or 1), prefer="threads", return_as="generator")
     return list(tqdm(threads(map(delayed(attempt), items)), title, len(items), delay=2, disable=not progress))
 
-# %% ../../nbs/data/00_folder.ipynb #5adb50a8
 def _copies(table, checked):  # -> faults, one for each later copy
     first, faults = {}, []
     for line, image, patient, row in zip(table.index, table["image"], table["patient"], checked):
@@ -217,7 +212,7 @@ BOX_COLUMNS = ("image", "category", "x", "y", "width", "height")
 
 def _box_faults(folder, sizes, categories):  # {image: (width, height)} of the sound images, C names -> faults
     if not os.path.lexists(folder / "boxes.csv"): return []
-    try: table, faults = _read_inner(folder, "boxes.csv")
+    try: table, faults = _parse_table("boxes.csv", _read_inside(folder, "boxes.csv", "boxes.csv"))
     except DataError as error: return [(0, str(error))]
     if sorted(table) != sorted(BOX_COLUMNS):
         return [(0, f"boxes.csv has the columns {', '.join(table)}: write {', '.join(BOX_COLUMNS)}")]
@@ -234,12 +229,11 @@ def _box_faults(folder, sizes, categories):  # {image: (width, height)} of the s
         ("box", ~sound, "write x, y, width and height as numbers, with an area, or delete the line"),
         ("box", sound & ((x < 0) | (y < 0) | (x + width > right) | (y + height > bottom)), "clip it to its image")])
 
-# %% ../../nbs/data/00_folder.ipynb #0318ca8d
 def read_boxes(dataset: DataSet) -> pd.DataFrame:  # columns `BOX_COLUMNS`, in pixels of the upright image
     "Read the boxes of a data set, which `read_dataset` has checked."
-    there = os.path.isfile(dataset.folder / "boxes.csv")
-    table = _read_inner(dataset.folder, "boxes.csv")[0] if there else pd.DataFrame(columns=BOX_COLUMNS)
-    return table[list(BOX_COLUMNS)].reset_index(drop=True).astype({name: float for name in BOX_COLUMNS[2:]})
+    file, table = dataset.folder / "boxes.csv", pd.DataFrame(columns=BOX_COLUMNS)
+    if file.is_file(): table = _parse_table(file.name, file.read_bytes())[0][list(BOX_COLUMNS)].reset_index(drop=True)
+    return table.astype({name: float for name in BOX_COLUMNS[2:]})
 
 # %% ../../nbs/data/00_folder.ipynb #0d7ffc28
 def _sign_faults(folder, categories, signs):  # folder, C names, anything with .categories or None -> sentences
@@ -254,7 +248,6 @@ def _sign_faults(folder, categories, signs):  # folder, C names, anything with .
     return [f"{source}: no signs for {category!r}: add a few phrases, or delete the column from labels.csv"
             for category in categories if category not in signs.categories]
 
-# %% ../../nbs/data/00_folder.ipynb #7649b5f7
 RECORD = "preparation.json"
 
 def read_preparation(folder) -> dict:  # state, settings and, when finished, counts and left_out; DataError
@@ -269,16 +262,13 @@ def _pixels(folder):  # -> how a preparation made the images; as they come where
     kept = read_preparation(folder)["settings"].get("pixels", {})
     with reading(str(folder / RECORD), "has no choice of pixels", "prepare the folder again"): return Pixels(**kept)
 
-def _check_begun(folder):  # DataError
+# %% ../../nbs/data/00_folder.ipynb #54d5bd71
+def _inspect(folder, signs, progress, partial):  # -> DataSet; DataError
+    folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
     if not os.path.isdir(folder):
         raise DataError("there is no such folder: give one that holds labels.csv and images/, or use the demo")
     if os.path.isfile(folder / RECORD) and not os.path.exists(folder / "labels.csv"):
         raise DataError("its preparation has not finished: run the same command again, it goes on where it stopped")
-
-# %% ../../nbs/data/00_folder.ipynb #54d5bd71
-def _inspect(folder, signs, progress, partial):  # -> DataSet; DataError
-    folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
-    _check_begun(folder)
     pixels, (table, categories, faults) = _pixels(folder), _read_labels(folder, partial)
     rows = [*zip(table["image"], table["mask"])]
     checked = in_threads(lambda row: check_row(folder, *row), rows, f"checking {folder.name}", progress)

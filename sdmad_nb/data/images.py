@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import patch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..core.config import write_atomically
@@ -301,6 +300,14 @@ def _shrink(values, size):  # (H, W) or (H, W, 3) uint8, largest short side or 0
     return np.asarray(Image.fromarray(values).resize(small, Image.Resampling.LANCZOS))
 
 # %% ../../nbs/data/01_0_images.ipynb #c760adc8
+def _picture(path, pixels, keep):  # -> values, or, to be kept, the bytes of a PNG or JPEG that is as wanted; DataError
+    data = _bytes("image", path)
+    picture = decode(data, f"image {path}", FORMATS)
+    png, jpeg = data[:4] == b"\x89PNG", data[:2] == b"\xff\xd8"
+    fits = (png or jpeg) and pixels.size == 0 or png and min(picture.size) <= pixels.size
+    if keep and fits and picture.mode[0] not in "IF": return data
+    with reading(f"image {path}", "cannot be scaled", "check its values"): return to_grey_or_rgb(picture, pixels)
+
 def _picture_mask(path, size):  # (width, height) of the image -> (H, W) uint8, 0 or 255; DataError
     data = _bytes("mask", path)
     image = decode(data, f"mask {path}", FORMATS)
@@ -313,9 +320,6 @@ def _picture_mask(path, size):  # (width, height) of the image -> (H, W) uint8, 
     return np.where(values > (values.max() / 2 if ramp else 0), 255, 0).astype(np.uint8)
 
 # %% ../../nbs/data/01_0_images.ipynb #927dfeea
-def _picture_values(path, picture, pixels):  # of a decoded picture; DataError
-    with reading(f"image {path}", "cannot be scaled", "check its values"): return to_grey_or_rgb(picture, pixels)
-
 class ImageReader:
     "Read pictures, DICOM and NIfTI as values and masks of eight bits."
     def __init__(self, pixels: Pixels = Pixels()):
@@ -329,32 +333,22 @@ class ImageReader:
 
     def inspect(self, path) -> FileInfo: return _inspect(Path(path), self.pixels.plane)  # DataError
 
-    def image(self, path, number=0) -> np.ndarray:  # slice or frame -> (H, W) or (H, W, 3) uint8; DataError
-        kind, pixels = _kind(Path(path)), self.pixels
-        if kind == "dicom": values = _dicom_frame(path, number, pixels)
+    def image(self, path, number=0, keep=False):  # slice or frame -> (H, W) or (H, W, 3) uint8; DataError
+        kind = _kind(Path(path))
+        if kind == "dicom": values = _dicom_frame(path, number, self.pixels)
         elif kind == "nifti": values = self._slice(path, number, False)
-        else: values = _picture_values(path, decode(_bytes("image", path), f"image {path}", FORMATS), pixels)
-        return _shrink(values, pixels.size)
+        else: values = _picture(path, self.pixels, keep and kind)
+        return values if isinstance(values, bytes) else _shrink(values, self.pixels.size)
+
+    def stored(self, path, number=0): return self.image(path, number, True)  # or bytes that can be kept; DataError
+
+    def stored_name(self, name):  # a picture's path -> the same, with .png unless `stored` keeps the file
+        stem, suffix = os.path.splitext(name)
+        return name if suffix.lower() in (".png", ".jpg", ".jpeg") and not self.pixels.size else stem + ".png"
 
     def mask(self, path, size, number=0) -> np.ndarray:  # (width, height) of the image -> (H, W) uint8, 0 or 255
         found = self._slice(path, number, True) if _kind(Path(path)) == "nifti" else _picture_mask(path, size)
         return np.asarray(Image.fromarray(found).resize(size, Image.Resampling.NEAREST))
-
-# %% ../../nbs/data/01_0_images.ipynb #2a3ff34a
-@patch
-def stored(self: ImageReader, path, number=0):  # bytes of a PNG or JPEG that can be kept, or values; DataError
-    if _kind(Path(path)) != "picture": return self.image(path, number)
-    data = _bytes("image", path)
-    picture = decode(data, f"image {path}", FORMATS)
-    kind, size = Image.open(io.BytesIO(data)).format, self.pixels.size
-    fits = size == 0 or (kind == "PNG" and min(picture.size) <= size)
-    if kind in ("PNG", "JPEG", "MPO") and fits and picture.mode[0] not in "IF": return data
-    return _shrink(_picture_values(path, picture, self.pixels), size)
-
-@patch
-def stored_name(self: ImageReader, name):  # a picture's path -> the same, with .png unless `stored` keeps the file
-    stem, suffix = os.path.splitext(name)
-    return name if suffix.lower() in (".png", ".jpg", ".jpeg") and not self.pixels.size else stem + ".png"
 
 # %% ../../nbs/data/01_0_images.ipynb #68f9a7d9
 def save_volume(

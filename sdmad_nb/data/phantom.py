@@ -49,7 +49,6 @@ def _smooth_field(generator, knots):  # -> (SIZE, SIZE) of about zero mean and u
     start = (len(fine) - _SIZE) // 2
     return fine[start:start + _SIZE, start:start + _SIZE].astype(np.float32) / 0.7
 
-# %% ../../nbs/data/02_phantom.ipynb #1ff0678d
 def draw_person(
     generator: np.random.Generator,
     spread: float = 1.0,  # 1 = the demo; more = a broader population
@@ -103,7 +102,6 @@ def _edge(distance, soft=1.0): return np.clip(distance / soft + 0.5, 0, 1)  # di
 
 def _band(depth, low, high, soft=1.0): return _edge(depth - low, soft) * _edge(high - depth, soft)
 
-# %% ../../nbs/data/02_phantom.ipynb #189cadba
 CONTRASTS = ("FLAIR", "T1", "T1POST")
 _SIGNAL = {  # tissue: brightness in FLAIR, T1, T1POST
     "air": (0.01, 0.01, 0.01), "fluid": (0.10, 0.15, 0.15), "grey": (0.58, 0.46, 0.50), "white": (0.45, 0.70, 0.72),
@@ -266,7 +264,6 @@ def combinations() -> dict:  # slice -> list of (findings, images)
     slices = json.loads((_ASSETS / "fastmri_plus_combinations.json").read_text(encoding="utf-8"))["slices"]
     return {int(number): [(tuple(row["findings"]), row["images"]) for row in rows] for number, rows in slices.items()}
 
-# %% ../../nbs/data/02_phantom.ipynb #03246a5b
 def _scaled_combinations(slice_number, images):  # -> list of (findings, images), which sum to `images`
     if slice_number not in SLICES:
         raise ValueError(f"slice is {slice_number!r}: the demo has slices {list(SLICES)}; "
@@ -293,7 +290,6 @@ def _plan_demo(slice_number, draw=0, images=270, normals=60):  # -> one dict for
             count, patient = count - size, patient + 1
     return rows
 
-# %% ../../nbs/data/02_phantom.ipynb #05d4432c
 def _draw_image(row, seed):  # of the plan; slice and draw -> image and masks, as `synthesise`
     patient, scan = (numpy_generator(0, "demo", *map(str, seed), row[name]) for name in ("patient", "name"))
     return synthesise(row["findings"], row["contrast"], row["z"], draw_person(patient), patient.spawn(1)[0], scan)
@@ -311,7 +307,6 @@ def _write_image(row, seed, folder):  # -> rows of boxes.csv
         Image.fromarray(picture).convert("L").save(folder / f"{path}.png", compress_level=6)  # a mask becomes 0 and 255
     return [(f"images/{name}.png", finding, *box) for finding, mask in masks.items() for box in _boxes(mask)]
 
-# %% ../../nbs/data/02_phantom.ipynb #17416904
 def _write_demo(folder, rows, seed, jobs):
     for name in ("images", "masks"): (folder / name).mkdir(parents=True)
     written = Parallel(jobs, return_as="generator")(delayed(_write_image)(row, seed, folder) for row in rows)
