@@ -76,6 +76,7 @@ figures: tables fusion
 	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
 	cp results/decisions/table.md nbs/figures/decisions.md
 	cp results/decisions/decisions.png nbs/figures/decisions.png
+	cp results/decisions/findings/table.md nbs/figures/decisions-findings.md
 	cp results/table1/table.md nbs/figures/table1.md
 	$(SMALLER) results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
 	cp results/table3/table.md nbs/figures/table3.md
