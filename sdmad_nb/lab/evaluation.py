@@ -19,7 +19,7 @@ from .localisation import Places, localise
 from .metrics import (category_auroc, hamming_score, macro_auroc, macro_f1, mean_average_precision,
                                   subset_accuracy)
 from .pixel_metrics import pixel_metrics
-from .statistics import draw_weights, middle_of, resample
+from .statistics import draw_weights, middle_of
 
 # %% ../../nbs/lab/04_evaluation.ipynb #768bb267
 @dataclass(frozen=True, eq=False)
@@ -70,27 +70,27 @@ def check_truth(
         if fault := _faults(truth).get(name): raise DataError(fault)
 
 # %% ../../nbs/lab/04_evaluation.ipynb #3458bec0
-def _measured(level, metrics, tables, weights):  # names -> functions; labels and outputs -> {level: ...}, drawn
-    drawn = {name: resample(metric, *tables, weights) for name, metric in metrics.items()}
-    found = {name: metric(*tables) for name, metric in metrics.items()}
+def _measured(level, metrics, *tables):  # names -> functions; labels, outputs and weights -> {level: ...}, drawn
+    drawn = {name: metric(*tables) for name, metric in metrics.items()}
+    found = {name: float(metric(*tables[:2])) for name, metric in metrics.items()}
     found["interval"] = {name: middle_of(values) for name, values in drawn.items()}
     return {level: found}, {f"{level}/{name}": values for name, values in drawn.items()}
 
 def _image(truth, anomaly, weights):
-    tables = truth.labels.any(axis=1, keepdims=True), anomaly[:, None]  # (B, 1)
-    return _measured("image", {"auroc": macro_auroc, "ap": mean_average_precision}, tables, weights)
+    abnormal, metrics = truth.labels.any(axis=1, keepdims=True), {"auroc": macro_auroc, "ap": mean_average_precision}
+    return _measured("image", metrics, abnormal, anomaly[:, None], weights)
 
 def _findings(truth, scores, weights):
-    tables, names = (truth.labels, scores), truth.dataset.categories
-    found, drawn = _measured("findings", {"macro_auroc": macro_auroc, "map": mean_average_precision}, tables, weights)
-    each = dict(zip(names, resample(category_auroc, *tables, weights)))
-    found["findings"]["auroc"] = dict(zip(names, category_auroc(*tables).tolist()))
+    tables, names = (truth.labels, scores, weights), truth.dataset.categories
+    found, drawn = _measured("findings", {"macro_auroc": macro_auroc, "map": mean_average_precision}, *tables)
+    each = dict(zip(names, category_auroc(*tables)))
+    found["findings"]["auroc"] = dict(zip(names, category_auroc(*tables[:2]).tolist()))
     found["findings"]["interval"]["auroc"] = {name: middle_of(values) for name, values in each.items()}
     return found, drawn | {f"findings/auroc/{name}": values for name, values in each.items()}
 
 def _decisions(truth, labels, weights):
     metrics = {"hamming": hamming_score, "subset_accuracy": subset_accuracy, "macro_f1": macro_f1}
-    return _measured("decisions", metrics, (truth.labels, labels), weights)
+    return _measured("decisions", metrics, truth.labels, labels, weights)
 
 # %% ../../nbs/lab/04_evaluation.ipynb #7e315100
 def _pixels(truth, anomaly_map, weights):
