@@ -65,14 +65,8 @@ def _drawn_metrics(scores, abnormal, parts, image, weights):  # columns (N,), sc
     count = lambda column: weights @ np.bincount(cells, column, minlength=shape[0] * 1000).reshape(shape)  # (R, 1000)
     return _areas(count(abnormal), count(parts), count(~abnormal))
 
-# %% ../../nbs/lab/02_pixel_metrics.ipynb #d8820906
-def pixel_metrics(
-    maps: torch.Tensor,  # (B, h, w), higher is more abnormal
-    masks: list,  # B of (H, W) bool, of any sizes, or None where an image's mask is not known
-    foregrounds: list,  # B of (H, W) bool, from `foreground`
-    weights,  # (R, B), from `draw_weights`
-) -> tuple:  # {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}, {"pixel/auroc": (R,), ...}
-    "Compare maps with masks pixel by pixel; ValueError without a mask."
+def pixel_metrics(maps, masks, foregrounds, weights):  # (B, h, w), B of (H, W) bool or None, B of (H, W) bool, (R, B)
+    # -> {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}, {"pixel/auroc": (R,), ...}
     known = [i for i, mask in enumerate(masks) if mask is not None]
     if not known: raise ValueError("no image has a mask, so pixels cannot be measured: add masks, or leave pixels out")
     *columns, inside = falling(
