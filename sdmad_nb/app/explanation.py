@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from ..core.config import write_atomically
-from ..lab.plots import map_over_image
+from ..lab.experiment import map_over_image
 
 # %% ../../nbs/app/00_2_explanation.ipynb #6f62b551
 def stand_out(maps):  # (..., h, w) -> (..., h, w), how far each place is above the median of its map
