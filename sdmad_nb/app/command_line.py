@@ -84,7 +84,6 @@ def shell(
     except SystemExit as end: return end.code or 0
     return 0
 
-# %% ../../nbs/app/02_command_line.ipynb #3aa1708d
 def _check_place(*place, **options):
     from sdmad_nb.data.writer import check_place
     check_place(*place, **options)
@@ -206,7 +205,6 @@ def _unfinished(shown, made_of):  # -> file of what a command that was stopped h
     about = repr([[(*one, stamp(one.image)) for one in shown], version("sdmad_nb"), made_of])
     return cache_folder("predict") / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.jsonl"
 
-# %% ../../nbs/app/02_command_line.ipynb #143c6d5f
 def _going_on(model, file, shown, size, calibrated, skipped, left_out, maps):  # yields texts
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     lines = [line for line in lines if line.endswith("\n")][:max(0, len(shown) - 1) // size]
@@ -264,7 +262,6 @@ def _demo(
           f"  sdmad predict demo.safetensors {folder}/images -o demo.csv\n"
           f"  sdmad evaluate demo.safetensors {folder}", file=sys.stderr)
 
-# %% ../../nbs/app/02_command_line.ipynb #5b71e2c8
 @_command
 def _methods():
     "List the methods that can be fitted."

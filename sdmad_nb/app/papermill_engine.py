@@ -11,33 +11,26 @@ import hashlib
 import os
 import re
 import sys
+from argparse import ArgumentError, ArgumentParser
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # %% ../../nbs/app/04_papermill_engine.ipynb #b0c90883
-_TAKES = {name: count for count, names in (
-    (0, "--inject-input-path --inject-output-path --inject-paths --request-save-on-cell-execute --prepare-only "
-        "--no-request-save-on-cell-execute --prepare-execute --progress-bar --no-progress-bar --log-output "
-        "--no-log-output --report-mode --no-report-mode"),
-    (1, "-f --parameters_file -y --parameters_yaml -b --parameters_base64 --engine --autosave-cell-every -k --kernel "
-        "-l --language --cwd --stdout-file --stderr-file --log-level --start-timeout --start_timeout "
-        "--execution-timeout"),
-    (2, "-p --parameters -r --parameters_raw")) for name in names.split()}
+_OPTIONS = (
+    (2, "typed", "-p --parameters -r --parameters_raw"),
+    (1, "typed", "-f --parameters_file -y --parameters_yaml -b --parameters_base64"),
+    (1, "rest", "--engine --autosave-cell-every -k --kernel -l --language --cwd --stdout-file --stderr-file "
+                "--log-level --start-timeout --start_timeout --execution-timeout"))
 
-# %% ../../nbs/app/04_papermill_engine.ipynb #4f69abb7
-def _read(words):  # -> paths, options as (name, value, ...); nothing where a word is unknown or missing
-    paths, options, rest = [], [], list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "-" or not word.startswith("-"):
-            paths.append(word)
-            continue
-        name, attached, value = word.partition("=") if word.startswith("--") else (word, "", "")
-        rest[:0] = [value] if attached else []
-        count = _TAKES.get(name, len(rest) + 1)
-        if len(rest) < count or (attached and not count): return [], []
-        options.append((name, *rest[:count]))
-        del rest[:count]
-    return paths, options
+def _read(words):  # -> paths, parameters as lists of words; nothing where no run is asked for, or a word is missing
+    if {"-h", "--help", "--help-notebook", "--version"} & {*words}: return [], []
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("paths", nargs="*")
+    for count, kept, names in _OPTIONS:
+        parser.add_argument(*names.split(), nargs=count, dest=kept, action="append", default=[])
+    try: found, _ = parser.parse_known_intermixed_args(words)
+    except ArgumentError: return [], []
+    return found.paths, found.typed
 
 # %% ../../nbs/app/04_papermill_engine.ipynb #2850de92
 def _is_experiment(path):
@@ -47,36 +40,29 @@ def _is_experiment(path):
     return bool(re.search(r"^lib_name\s*=\s*sdmad_nb\s*$", settings.read_text(encoding="utf-8"), re.M))
 
 # %% ../../nbs/app/04_papermill_engine.ipynb #bcc4d902
-def _run_name(stem, options):  # -> the executed notebook's stem, at most 100 characters
-    typed = [words for name, *words in options if words and words[0] != "results"
-             and (name in ("-p", "-r", "-f", "-y", "-b") or "parameters" in name)]
+def _output(notebook, typed):  # path, parameters as lists of words -> path of the executed notebook
+    results = dict(words for words in typed if len(words) == 2).get("results") or notebook.parent.parent / "results"
+    typed = [words for words in typed if words[0] != "results"]
     plain = lambda word: re.sub(r"(?:[^\w.]|\.{2,})+", "-", word).strip("-.")
-    text = "-".join([stem, *(("" if words[-1][:1].isdigit() else "_").join(map(plain, words)) for words in typed)])
-    return text if len(text) <= 100 else f"{text[:91]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-# %% ../../nbs/app/04_papermill_engine.ipynb #0c1adc41
-def _default_output(words):  # -> the executed notebook's path; None where the command line is left as it is
-    paths, options = _read(words)
-    if len(paths) != 1 or not _is_experiment(paths[0]): return None
-    notebook = Path(paths[0]).resolve()
-    given = [option[2] for option in options if option[1:2] == ("results",) and len(option) == 3]
-    results = Path(given[-1]) if given and given[-1] else notebook.parent.parent / "results"
-    return results / notebook.stem.removeprefix("run_") / f"{_run_name(notebook.stem, options)}.ipynb"
+    name = "-".join([notebook.stem, *(("" if words[-1][:1].isdigit() else "_").join(map(plain, words))
+                                      for words in typed)])
+    if len(name) > 100: name = f"{name[:91]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path(results) / notebook.stem.removeprefix("run_") / f"{name}.ipynb"
 
 # %% ../../nbs/app/04_papermill_engine.ipynb #32b30be9
 def _complete(words, terminal=False):  # -> the words and what was left out; SystemExit where there is no folder
-    paths, options = _read(words)
+    (paths, typed), named = _read(words), {word.partition("=")[0] for word in words}
     if not paths or not _is_experiment(paths[0]): return list(words)
-    if not any(name == "--engine" for name, *_ in options): words = [*words, "--engine", "sdmad_nb"]
-    output = _default_output(words)
-    if output is None: return list(words)
-    try: output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: reason = error.strerror
-    else: reason = "" if os.access(output.parent, os.W_OK) else "no write permission"
-    if reason:
-        raise SystemExit(f"cannot put the executed notebook into {output.parent} ({reason}): "
-                         "add '-p results FOLDER' or name an output notebook after the input")
-    shows = {"--stderr-file", "--log-output", "--no-progress-bar"} & {word.partition("=")[0] for word in words}
+    words = [*words, *["--engine", "sdmad_nb"] * ("--engine" not in named)]
+    if len(paths) > 1: return words
+    output = _output(Path(paths[0]).resolve(), typed)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise SystemExit(f"cannot put the executed notebook into {output.parent} ({error.strerror}): "
+                         "add '-p results FOLDER' or name an output notebook after the input") from None
+    shows = {"--stderr-file", "--log-output", "--no-progress-bar"} & named
     cells = ["--stderr-file", "/dev/stderr"] if terminal and not shows and os.path.exists("/dev/stderr") else []
     return [*words, os.path.relpath(output), *cells]
 

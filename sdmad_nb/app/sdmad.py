@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .calibration import Calibration, calibrate, left_out_margins
 from .explanation import Explanation, stand_out
-from .pictures import EmptyImage, list_images, to_picture
+from .pictures import EmptyImage, Shown, list_images, to_picture
 
 # %% ../../nbs/app/01_sdmad.ipynb #572e55cf
 from ..core.clip import Features
@@ -129,12 +129,6 @@ def _decides(model, calibrated):  # -> the Calibration that decides, None for th
     if model.calibration or not calibrated: return model.calibration if calibrated else None
     raise ValueError("the model was fitted without calibration: fit it with a sensitivity, such as 0.9")
 
-def _encode_once(detector, features):  # -> a detector that has these images' features at hand
-    if not isinstance(detector, SignDetector): return detector
-    encoded, ready = detector.encode_images(features), copy(detector)
-    ready.encode_images = lambda features: encoded
-    return ready
-
 # %% ../../nbs/app/01_sdmad.ipynb #f039ca30
 def _best_signs(detector, features):  # -> {column: B texts}
     above = sign_margins(detector.encode_images(features), detector.sign_features, detector.anchor)  # (B, S)
@@ -144,8 +138,7 @@ def _best_signs(detector, features):  # -> {column: B texts}
     return {f"sign {place + 1}": texts[rows] for place, rows in enumerate(best.T)}
 
 @torch.no_grad()
-def _rows(detector, names, features, calibration=None):  # names: {column: B cells} -> table of B rows
-    detector = _encode_once(detector, features)
+def _rows(detector, names, features, calibration):  # names: {column: B cells} -> table of B rows
     said, parts = detector.predict(features, maps=False), {}
     if said.labels is not None: parts[""] = said.labels.numpy()  # (B, C), as all parts
     if said.scores is not None: parts[" score"] = said.scores.numpy()
@@ -196,10 +189,12 @@ def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None whe
         else: skipped.append(str(error))
 
 def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture) of B images -> table
-    places, shown, pictures = zip(*batch)
-    names, clip = {name: [getattr(one, field) for one in shown] for name, field in columns}, model.detector.clip
+    (places, shown, pictures), detector, clip = zip(*batch), model.detector, model.detector.clip
     features = Features(clip, torch.stack([clip.preprocess(picture) for picture in pictures]))
-    detector = _encode_once(model.detector, features)
+    if isinstance(detector, SignDetector):  # is asked three questions about these images, and encodes them once
+        detector, encoded = copy(detector), detector.encode_images(features)
+        detector.encode_images = lambda features: encoded
+    names = {name: [getattr(one, field) for one in shown] for name, field in columns}
     table = _rows(detector, names, features, calibration)
     if show:
         for each in zip(places, shown, _explain(model, detector, pictures, features, table)): show(*each)
@@ -229,12 +224,10 @@ def check_maps(self: SDMAD):  # ValueError
     drawing = [name for name, other in find_methods().items() if "anomaly_map" in other.gives and not other.oracle]
     raise ValueError(f"{self.method.title} draws no maps: to see where, fit one of {', '.join(drawing)}")
 
-# %% ../../nbs/app/01_sdmad.ipynb #80709bb3
 def _title(row, name):  # of a finding's map: the decision and the score, where there are any
     told = [("no", "yes")[int(row[name])]] * (name in row)
     return f"{name}\n{', '.join([*told, *(f'{value:.2f}' for value in row.filter(items=[f'{name} score']))])}"
 
-# %% ../../nbs/app/01_sdmad.ipynb #c405aac3
 @torch.no_grad()
 def _explain(model, detector, pictures, features, table):  # of B images -> B of `Explanation`
     said, reads = detector.predict(features), isinstance(detector, SignDetector)
@@ -248,7 +241,6 @@ def _explain(model, detector, pictures, features, table):  # of B images -> B of
 
 # %% ../../nbs/app/01_sdmad.ipynb #b483fe24
 @patch
-@torch.no_grad()
 def explain(
     self: SDMAD,
     image,  # a file, a picture, an array or a tensor
@@ -258,9 +250,10 @@ def explain(
     self.check_maps()
     if number is None and isinstance(image, (str, os.PathLike)) and (count := self.reader.inspect(image).count) > 1:
         raise DataError(f"image {image} has {count} slices: name one, as number={count // 2}")
-    picture, clip = to_picture(image, number=number or 0, reader=self.reader), self.detector.clip
-    detector = _encode_once(self.detector, features := Features(clip, clip.preprocess(picture)[None]))
-    return _explain(self, detector, [picture], features, _rows(detector, {"image": ["image"]}, features))[0]
+    picture, found = to_picture(image, number=number or 0, reader=self.reader), []
+    _predict_batch(self, [(0, Shown("image", image), picture)], [("image", "name")], None,
+                   lambda place, one, why: found.append(why))
+    return found[0]
 
 # %% ../../nbs/app/01_sdmad.ipynb #85fd7166
 def _tested(dataset, origin):  # -> Truth, notes; DataError

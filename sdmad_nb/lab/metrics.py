@@ -6,12 +6,13 @@
 __all__ = ['hamming_score', 'subset_accuracy', 'category_auroc', 'macro_auroc', 'mean_average_precision', 'macro_f1']
 
 # %% ../../nbs/lab/00_metrics.ipynb #4d311a3d
+from functools import partial
+
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, hamming_loss, roc_auc_score
 
 # %% ../../nbs/lab/00_metrics.ipynb #aaf2e535
-def as_tables(labels, outputs, binary):  # (B, C) tensors or arrays -> labels as bool, outputs as bool or as float
+def _measure(form, labels, outputs, weights, binary):  # function of labels, outputs and weights -> (..., R), or (...)
     labels, outputs = (values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values)
                        for values in (labels, outputs))
     if labels.ndim != 2 or 0 in labels.shape or labels.shape != outputs.shape:
@@ -21,64 +22,90 @@ def as_tables(labels, outputs, binary):  # (B, C) tensors or arrays -> labels as
         wrong = (values != 0) & (values != 1)
         if wrong.any(): raise ValueError(f"{name} must be 0 or 1, not {values[wrong][0]}")
     if not binary and not np.isfinite(outputs.astype(float)).all(): raise ValueError("scores contain NaN or infinity")
-    return labels.astype(bool), outputs.astype(bool if binary else float)
+    tables = labels.astype(bool), outputs.astype(bool if binary else float)
+    drawn = np.ones((1, len(labels))) if weights is None else np.asarray(weights, dtype=float)  # (R, B)
+    parts = np.array_split(drawn, 1 + drawn.size // 10**7)  # spares memory
+    with np.errstate(invalid="ignore"): values = np.concatenate([form(*tables, part) for part in parts], axis=-1)
+    return values.T[0] if weights is None else values
 
 # %% ../../nbs/lab/00_metrics.ipynb #7387ec7a
 def hamming_score(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
-) -> float:  # in [0, 1]; ValueError where the tables do not fit
+    weights=None,  # (R, B), how often each image is in R drawn test sets; None counts each once
+) -> float:  # in [0, 1], or (R,) of them; ValueError where the tables do not fit
     "Measure the share of right decisions over all images and categories. Section 4.1, protocol 2"
-    labels, predictions = as_tables(labels, predictions, binary=True)
-    return float(1 - hamming_loss(labels, predictions))
+    share = lambda labels, decided, drawn: drawn @ (labels == decided).mean(1) / drawn.sum(1)
+    return _measure(share, labels, predictions, weights, binary=True)
 
 # %% ../../nbs/lab/00_metrics.ipynb #7e89f609
 def subset_accuracy(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
-) -> float:  # in [0, 1]; ValueError where the tables do not fit
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; ValueError where the tables do not fit
     "Measure the share of images with every category right. Section 4.1, protocol 2"
-    labels, predictions = as_tables(labels, predictions, binary=True)
-    return float(accuracy_score(labels, predictions))
+    share = lambda labels, decided, drawn: drawn @ (labels == decided).all(1) / drawn.sum(1)
+    return _measure(share, labels, predictions, weights, binary=True)
+
+# %% ../../nbs/lab/00_metrics.ipynb #5ebc0e5a
+def auroc_from_counts(positives, negatives):  # (..., n) per bin, in the order of falling scores -> (...), or NaN
+    below = negatives.sum(-1, keepdims=True) - negatives.cumsum(-1) + negatives / 2
+    with np.errstate(invalid="ignore"): return (positives * below).sum(-1) / (positives.sum(-1) * negatives.sum(-1))
+
+def ap_from_counts(positives, negatives):  # as for `auroc_from_counts`
+    hits = positives.cumsum(-1)
+    precision = hits / np.maximum(hits + negatives.cumsum(-1), 1)
+    with np.errstate(invalid="ignore"): return (positives * precision).sum(-1) / hits[..., -1]
 
 # %% ../../nbs/lab/00_metrics.ipynb #da11e785
-def _each_category(metric, labels, outputs, exists):  # -> (C,), NaN where the metric does not exist
-    return np.array([metric(labels[:, c], outputs[:, c]) if known else np.nan for c, known in enumerate(exists)])
+def _ranked(of_counts, labels, scores, weights):  # (B, C) bool, (B, C), (R, B) -> (C, R), NaN where it does not exist
+    columns = []
+    for has, score in zip(labels.T, scores.T):
+        order = np.argsort(-score)
+        starts = np.flatnonzero(np.diff(-score[order], prepend=-np.inf))  # where a bin of equal scores begins
+        count = lambda kind: np.add.reduceat((weights * kind)[:, order], starts, axis=1)  # (R, bins)
+        columns.append(of_counts(count(has), count(~has)))
+    return np.stack(columns)
 
 def category_auroc(
     labels,  # (B, C) 0/1
     scores,  # (B, C)
-) -> np.ndarray:  # (C,) in [0, 1], NaN for a category without positives or without negatives
+    weights=None,  # as for `hamming_score`
+) -> np.ndarray:  # (C,) in [0, 1], or (C, R); NaN for a category without positives or without negatives
     "Rank each category's positives against its negatives. Section 4.1, protocol 3"
-    labels, scores = as_tables(labels, scores, binary=False)
-    return _each_category(roc_auc_score, labels, scores, labels.any(axis=0) & ~labels.all(axis=0))
+    return _measure(partial(_ranked, auroc_from_counts), labels, scores, weights, binary=False)
 
 # %% ../../nbs/lab/00_metrics.ipynb #b286ebb9
-def _mean_defined(values):
-    values = np.asarray(values, dtype=float)
-    return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else float("nan")
+def _mean_of(values):  # (C,) or (C, R) -> () or (R,), over what exists
+    known = ~np.isnan(values)
+    return np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 def macro_auroc(
     labels,  # (B, C) 0/1
     scores,  # (B, C)
-) -> float:  # in [0, 1], NaN where no category has both positives and negatives
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has both positives and negatives
     "Average the AUROC over the categories that have one. Table 3, Avg."
-    return _mean_defined(category_auroc(labels, scores))
+    return _mean_of(category_auroc(labels, scores, weights))
 
 # %% ../../nbs/lab/00_metrics.ipynb #3b106f39
 def mean_average_precision(
     labels,  # (B, C) 0/1
     scores,  # (B, C)
-) -> float:  # in [0, 1], NaN where no category has positives
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
     "Average the average precision over the categories that have positives."
-    labels, scores = as_tables(labels, scores, binary=False)
-    return _mean_defined(_each_category(average_precision_score, labels, scores, labels.any(axis=0)))
+    return _mean_of(_measure(partial(_ranked, ap_from_counts), labels, scores, weights, binary=False))
 
 # %% ../../nbs/lab/00_metrics.ipynb #9bf18c74
 def macro_f1(
     labels,  # (B, C) 0/1
     predictions,  # (B, C) 0/1
-) -> float:  # in [0, 1], NaN where no category has positives
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
     "Average F1 over the categories that have positives."
-    labels, predictions = as_tables(labels, predictions, binary=True)
-    return _mean_defined(_each_category(f1_score, labels, predictions, labels.any(axis=0)))
+    def each(labels, decided, drawn):  # -> (C, R)
+        hits, wrong, there = (drawn @ kind for kind in (labels & decided, labels ^ decided, labels))  # (R, C)
+        return (2 * hits / np.where(there > 0, 2 * hits + wrong, np.nan)).T
+    return _mean_of(_measure(each, labels, predictions, weights, binary=True))

@@ -13,18 +13,19 @@ from skimage.measure import label as connected_regions
 from sklearn.metrics import auc
 from torch.nn import functional as F
 
-from .statistics import ap_from_counts, auroc_from_counts, middle_of
+from .metrics import ap_from_counts, auroc_from_counts
+from .statistics import middle_of
 
 # %% ../../nbs/lab/02_pixel_metrics.ipynb #685bcbe2
 def rank_metrics(scores, abnormal, parts):  # columns (N,), scores falling -> {auroc, aupro, ap}, NaN where not defined
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # of each group of equal scores
-    hits, regions = (np.append(0, np.cumsum(column, dtype=float)[last]) for column in (abnormal, parts))
-    misses = np.append(0, last + 1) - hits
-    found = dict.fromkeys(("auroc", "aupro", "ap"), float("nan"))
-    if hits[-1]: found["ap"] = float(np.diff(hits) @ (hits[1:] / (last + 1)) / hits[-1])
-    if not hits[-1] or not misses[-1]: return found
-    wrong = misses / misses[-1]
-    return found | {"auroc": float(auc(wrong, hits / hits[-1])), "aupro": _aupro(wrong, regions / regions[-1])}
+    starts = np.flatnonzero(np.append(True, scores[1:] != scores[:-1]))  # of the bins of equal scores
+    counts = (np.add.reduceat(column, starts, dtype=float)[None] for column in (abnormal, parts, ~abnormal))
+    return {name: float(values[0]) for name, values in _areas(*counts).items()}
+
+def _areas(hits, regions, misses):  # (R, n) per bin, in the order of falling scores -> {name: (R,)}
+    defined, share = (hits.sum(1) > 0) & (misses.sum(1) > 0), lambda row: np.append(0, row.cumsum()) / row.sum()
+    aupro = [_aupro(share(wrong), share(part)) if ok else np.nan for ok, wrong, part in zip(defined, misses, regions)]
+    return {"auroc": auroc_from_counts(hits, misses), "aupro": np.array(aupro), "ap": ap_from_counts(hits, misses)}
 
 def _aupro(wrong, overlap):  # of one curve, from (0, 0) to (1, 1)
     below, edge = wrong < 0.3, np.interp(0.3, wrong, overlap)
@@ -62,19 +63,10 @@ def _drawn_metrics(scores, abnormal, parts, image, weights):  # columns (N,), sc
     bins = np.repeat(last * 1000 // len(scores), np.diff(last, prepend=-1))  # (N,) in [0, 1000)
     cells, shape = image * 1000 + bins, (weights.shape[1], 1000)
     count = lambda column: weights @ np.bincount(cells, column, minlength=shape[0] * 1000).reshape(shape)  # (R, 1000)
-    hits, regions, misses = count(abnormal), count(parts), count(~abnormal)
-    defined, share = (hits.sum(1) > 0) & (misses.sum(1) > 0), lambda row: np.append(0, row.cumsum()) / row.sum()
-    aupro = [_aupro(share(wrong), share(part)) if ok else np.nan for ok, wrong, part in zip(defined, misses, regions)]
-    return {"auroc": auroc_from_counts(hits, misses), "ap": ap_from_counts(hits, misses), "aupro": np.array(aupro)}
+    return _areas(count(abnormal), count(parts), count(~abnormal))
 
-# %% ../../nbs/lab/02_pixel_metrics.ipynb #d8820906
-def pixel_metrics(
-    maps: torch.Tensor,  # (B, h, w), higher is more abnormal
-    masks: list,  # B of (H, W) bool, of any sizes, or None where an image's mask is not known
-    foregrounds: list,  # B of (H, W) bool, from `foreground`
-    weights,  # (R, B), from `draw_weights`
-) -> tuple:  # {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}, {"pixel/auroc": (R,), ...}
-    "Compare maps with masks pixel by pixel; ValueError without a mask."
+def pixel_metrics(maps, masks, foregrounds, weights):  # (B, h, w), B of (H, W) bool or None, B of (H, W) bool, (R, B)
+    # -> {"pixel": {auroc, aupro, ap, interval}, "inside": the same in the foreground}, {"pixel/auroc": (R,), ...}
     known = [i for i, mask in enumerate(masks) if mask is not None]
     if not known: raise ValueError("no image has a mask, so pixels cannot be measured: add masks, or leave pixels out")
     *columns, inside = falling(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINDING_METRICS', 'MAP_METRICS', 'PLACE_METRICS', 'mean_std_table', 'metric_table', 'interval_table',
-           'compare_methods', 'winners_summary', 'ranking_summary', 'significance_summary', 'write_tables',
-           'paper_table']
+           'compare_methods', 'winners_summary', 'significance_summary', 'write_tables', 'paper_table']
 
 # %% ../../nbs/lab/07_tables.ipynb #f3f5a0e6
 from importlib.resources import files
@@ -124,21 +123,6 @@ def winners_summary(
     return f"The highest mean, oracles left out:{''.join(told)[:-1]}."
 
 # %% ../../nbs/lab/07_tables.ipynb #6ce0ea0b
-def ranking_summary(
-    long: pd.DataFrame,  # from `long_table`
-    metric: str,
-    name: str,  # of the metric, as printed
-    ours: str,  # a method
-) -> str:  # one sentence
-    "Say above which methods a method is on average, and above which it is not."
-    titles = long.drop_duplicates("method").set_index("method").title
-    average = 100 * long[long.metric == metric].groupby("method", sort=False).value.mean()
-    gains = average[ours] - average.drop(ours)
-    told = lambda one, gain: f"{titles[one].removeprefix('- ')} ({gain:+.1f})"
-    listed = lambda part: ", ".join(told(*pair) for pair in part.items()) or "none"
-    return (f"{name}: {titles[ours]} has {average[ours]:.1f}. It is above {listed(gains[gains > 0])}; "
-            f"and not above {listed(gains[gains <= 0])}.")
-
 def significance_summary(compared: pd.DataFrame) -> str:  # one sentence; from `compare_methods`
     "Say how many differences are significant after correction."
     if "corrected" not in compared: return "A single seed on a single data set tests no difference."
