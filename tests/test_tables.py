@@ -306,7 +306,7 @@ def test_real_images_go_through(name, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (REAL / "openms_flair").is_dir(), reason="the real FLAIR images are not here")
 def test_real_masks_one_patient_held_out_at_a_time(tmp_path):
-    opened = open_benchmark(Config(backbone="demo", shots=2), str(REAL / "openms_flair"), findings=0)
+    opened = open_benchmark(Config(backbone="demo", shots=4), str(REAL / "openms_flair"), findings=0)  # of two patients
     benchmarks = each_patient(replace(opened, protocols=("image", "pixels"), draws=10))
     records = run_all(benchmarks, ["brightness", "memory-bank"], [0], tmp_path)
     for record in records:

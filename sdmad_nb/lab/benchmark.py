@@ -69,7 +69,6 @@ def open_benchmark(
                         f"{findings} or more apart: nbs/run_table1.ipynb asks normal or not")
     own = read_split(split, dataset) if split else None
     if own: config = replace(config, shots=own.shots or config.shots, split_level=own.level)
-    else: draw_split(dataset, config)  # are there enough images?
     clip = load_clip(config.backbone, config.pretrained, config.image_size, where, config.precision)
     if cache: clip = replace(clip, cache=Cache(cache_folder("frozen")))
     resolve_layers(config.layers, clip.depth)
