@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
-from .config import Config, config_to_dict, torch_generator, write_atomically
+from .config import LAYER_PRESETS, Config, config_to_dict, resolve_layers, torch_generator, write_atomically
 from .decisions import shot_thresholds, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
@@ -72,22 +72,31 @@ class Prediction:
 
 # %% ../../nbs/core/07_detector.ipynb #c5eb3ed4
 class Detector(torch.nn.Module):
-    "Keep the contract: be made by `fit`, and `predict`."
+    "Learn a few tensors from a support set, keep them, and predict images."
     method = ""  # name of the method that made it
     history = ()  # loss before each training step
+    kept = {}  # name of a tensor, which is empty until `learn` sets it: its shape, such as "C D"
     def __init__(self, clip: Clip, signs: SignSet, config: Config):
         super().__init__()
         self.clip, self.signs, self.config = clip, signs, config
+        for name in self.kept: self.register_buffer(name, torch.zeros(0, device=clip.device))
 
     @classmethod
-    def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config) -> "Detector": raise NotImplementedError
+    def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config, **oracle):  # of an oracle: `test`
+        for part in (support, *oracle.values()): check_support(part, signs)
+        detector = cls(clip, signs, config)
+        detector.learn(support, **oracle)
+        return detector
+
+    def learn(self, support: Support): pass  # trains what is trained, and sets what is kept
+
+    @property
+    def blocks(self) -> tuple: return resolve_layers(self.config.layers, self.clip.depth)  # L numbers
 
     def predict(self, features: Features, maps: bool = True) -> Prediction: raise NotImplementedError
 
     def margins(self, features: Features) -> torch.Tensor:  # (B, C), the scores that a threshold is set on
         return self.predict(features, maps=False).scores
-
-    def check(self): pass  # ValueError where what was loaded cannot be predicted with
 
 # %% ../../nbs/core/07_detector.ipynb #04c738ff
 def predict(
@@ -105,14 +114,11 @@ def predict(
 class SignDetector(Detector):
     "Compare images with signs and the anchor: zero-shot CLIP. Eq. (6)-(8)"
     trained = False  # whether there are adapters
-    def __init__(self, clip: Clip, signs: SignSet, config: Config, width: int = 0):  # of the features; 0 = clip.joint
+    def __init__(self, clip: Clip, signs: SignSet, config: Config, width="D"):  # of the features, a number or a letter
+        self.kept = {"sign_features": f"S {width}", "anchor": f"{width}", "keep": "bool S"}
+        if config.reading == "unmixed": self.kept["thresholds"] = "C"
         super().__init__(clip, signs, config)
-        self.adapters, count = make_adapters(clip, config) if self.trained else None, len(signs.texts)
-        self.register_buffer("sign_features", torch.zeros(count, width or clip.joint, device=clip.device))
-        self.register_buffer("anchor", torch.zeros(width or clip.joint, device=clip.device))
-        self.register_buffer("keep", torch.ones(count, dtype=torch.bool, device=clip.device))
-        if config.reading == "unmixed":
-            self.register_buffer("thresholds", torch.zeros(len(signs.categories), device=clip.device))  # (C,)
+        self.adapters = make_adapters(clip, config) if self.trained else None
 
     @property
     def category(self) -> torch.Tensor: return self.signs.category.to(self.clip.device)  # (S,)
@@ -121,23 +127,25 @@ class SignDetector(Detector):
     def read_signs(self):  # fixes sign features, anchor and selection; gives itself back
         adapter = self.adapters.text if self.adapters else None
         self.sign_features, self.anchor = text_features(self.clip, encode_prompts(self.clip, self.signs), adapter)
-        if self.config.selection: self.keep = select_signs(self.sign_features, self.category)
+        everything = torch.ones_like(self.category, dtype=torch.bool)
+        self.keep = select_signs(self.sign_features, self.category) if self.config.selection else everything
         return self
 
-    @classmethod
-    def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        return cls(clip, signs, config).read_signs().read_shots(support)
+    def learn(self, support: Support): self.read_signs().read_shots(support)
 
 # %% ../../nbs/core/07_detector.ipynb #a55cc143
 @patch
 @torch.no_grad()
 def encode_images(self: SignDetector, features: Features) -> torch.Tensor:  # (B, D)
-    return features.image_features()
+    if not self.adapters: return features.image_features()
+    first = self.adapters.first
+    return image_features(self.clip, features.tokens(first), first, self.adapters.image)
 
 @patch
 @torch.no_grad()
 def encode_patches(self: SignDetector, features: Features) -> torch.Tensor:  # (B, P, D)
-    return patch_features(self.clip, features.tokens(self.clip.depth), self.clip.depth)
+    first, adapters = (self.adapters.first, self.adapters.image) if self.adapters else (self.clip.depth, None)
+    return patch_features(self.clip, features.tokens(first), first, adapters)
 
 # %% ../../nbs/core/07_detector.ipynb #8ef783cc
 @patch
@@ -145,20 +153,19 @@ def read(self: SignDetector, images: torch.Tensor):  # (B, D) -> scores (B, C), 
     signs = self.sign_features, self.category
     if self.config.reading == "best-sign":
         return category_scores(images, *signs, self.keep), predict_categories(images, *signs, self.anchor, self.keep)
-    scores, above = _unmix(self, images)
-    return scores, above > 0
+    scores, anchor = _weigh(self, images)
+    return scores, scores > torch.maximum(self.thresholds, anchor)
 
 @patch
 @torch.no_grad()
 def read_shots(self: SignDetector, support: Support):  # fixes the thresholds of the unmixed reading; gives itself back
     if self.config.reading == "unmixed":
-        self.thresholds = shot_thresholds(self.read(self.encode_images(support.features))[0], support.labels)
+        self.thresholds = shot_thresholds(_weigh(self, self.encode_images(support.features))[0], support.labels)
     return self
 
-def _unmix(detector, images):  # -> scores, and how far they are above what decides, both (B, C)
+def _weigh(detector, images):  # -> unmixed weights of the findings (B, C) and of the anchor (B, 1)
     signs = detector.sign_features, detector.category, detector.anchor
-    weights = unmixed_weights(images, *signs, detector.config.ridge)  # (B, C + 1)
-    return weights[:, :-1], weights[:, :-1] - torch.maximum(detector.thresholds, weights[:, -1:])
+    return unmixed_weights(images, *signs, detector.config.ridge).tensor_split([-1], dim=1)
 
 @patch
 def predict(self: SignDetector, features: Features, maps: bool = True) -> Prediction:
@@ -174,8 +181,10 @@ def predict(self: SignDetector, features: Features, maps: bool = True) -> Predic
 @patch
 def margins(self: SignDetector, features: Features) -> torch.Tensor:  # (B, C): above what decides, or above the anchor
     images = self.encode_images(features)
-    if self.config.reading == "unmixed": return _unmix(self, images)[1]
-    return category_margins(images, self.sign_features, self.category, self.anchor, self.keep)
+    if self.config.reading == "best-sign":
+        return category_margins(images, self.sign_features, self.category, self.anchor, self.keep)
+    scores, anchor = _weigh(self, images)
+    return scores - torch.maximum(self.thresholds, anchor)
 
 @patch
 def sign_maps(self: SignDetector, features: Features) -> torch.Tensor:  # (B, kept, rows, columns)
@@ -221,31 +230,16 @@ class AdaptedDetector(SignDetector):
         kind, choices = self.config.loss, (self.config.sign_reduction, self.config.other_signs)
         return _LOSSES[kind](images, sign_features, self.category, anchor, labels, *choices)
 
-    @classmethod
-    def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config):
-        check_support(support, signs)
-        detector, shots = cls(clip, signs, config), augmented(support, config.augment)
-        adapters, bank = detector.adapters, encode_prompts(clip, signs)
+    def learn(self, support: Support):
+        shots, adapters, clip = augmented(support, self.config.augment), self.adapters, self.clip
+        bank = encode_prompts(clip, self.signs)
         tokens, labels = shots.features.tokens(adapters.first), shots.labels.to(clip.device)
         def loss_of(rows):
             images = image_features(clip, tokens[rows], adapters.first, adapters.image)
             sign_features, anchor = text_features(clip, bank, adapters.text)
-            return detector.loss(images, sign_features, anchor, labels[rows])
-        detector.history = train(loss_of, adapters.parameters(), len(shots), config)
-        return detector.read_signs().read_shots(support)
-
-# %% ../../nbs/core/07_detector.ipynb #954fb3d7
-@patch
-@torch.no_grad()
-def encode_images(self: AdaptedDetector, features: Features) -> torch.Tensor:  # (B, D)
-    first = self.adapters.first
-    return image_features(self.clip, features.tokens(first), first, self.adapters.image)
-
-@patch
-@torch.no_grad()
-def encode_patches(self: AdaptedDetector, features: Features) -> torch.Tensor:  # (B, P, D)
-    first = self.adapters.first
-    return patch_features(self.clip, features.tokens(first), first, self.adapters.image)
+            return self.loss(images, sign_features, anchor, labels[rows])
+        self.history = train(loss_of, adapters.parameters(), len(shots), self.config)
+        super().learn(support)
 
 # %% ../../nbs/core/07_detector.ipynb #3e173777
 def check_support(support: Support, signs: SignSet):  # raises ValueError
@@ -327,6 +321,21 @@ def read_header(
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep
         raise ValueError(f"{path} is not a detector of this project, or is damaged ({error}): fit it again") from error
 
+# %% ../../nbs/core/07_detector.ipynb #c4ec0001
+@patch
+def check(self: Detector):  # ValueError where a kept tensor has another type or shape
+    layers = LAYER_PRESETS.get(self.config.layers, self.config.layers)
+    sizes = {"C": len(self.signs.categories), "C+1": len(self.signs.categories) + 1, "S": len(self.signs.texts),
+             "D": self.clip.joint, "W": self.clip.image.width, "L": len(layers), "paths": len(self.config.paths)}
+    size = lambda word, found: int(word) if word.isdigit() else sizes.setdefault(word, found)
+    for name, shapes in self.kept.items():
+        value, kind = getattr(self, name), torch.bool if "bool" in shapes else torch.float32
+        words = [one.split() for one in shapes.removeprefix("bool").split(" or ")]
+        words = [one for one in words if len(one) == value.dim()]
+        if value.dtype == kind and value.numel() and words and all(
+                size(word, found) == found for word, found in zip(words[0], value.shape)): continue
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {shapes}")
+
 # %% ../../nbs/core/07_detector.ipynb #3b6d84d2
 def load(
     path,  # from `save`
@@ -347,9 +356,8 @@ def load(
             value = state.get(name, own)
             if own.numel() and (value.dtype, value.shape) != (own.dtype, own.shape):  # an empty one takes any
                 raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {own.dtype} {tuple(own.shape)}")
-        for name in dict(detector.named_buffers()).keys() & state.keys():
-            owner, _, leaf = name.rpartition(".")
-            setattr(detector.get_submodule(owner), leaf, state[name].clone().to(clip.device))  # aligned in memory
+        for name in dict(detector.named_buffers(recurse=False)).keys() & state.keys():
+            setattr(detector, name, state[name].clone().to(clip.device))  # aligned in memory
         detector.load_state_dict(state)
         detector.check()
     except (RuntimeError, ValueError) as error:

@@ -9,13 +9,13 @@ __all__ = []
 import torch
 
 from ..core.clip import patch_features, patches_of, pixel_maps
-from ..core.detector import Prediction, augmented
+from ..core.detector import Detector, Prediction, augmented
 from .maps import memory_distance, patch_memory, text_logits
 from .prompt_ensembles import read_text
-from .registry import Learner, Method
+from .registry import Method
 
 # %% ../../nbs/methods/10_frozen_maps.ipynb #43146ac9
-class Brightness(Learner):
+class Brightness(Detector):
     "Call bright pixels abnormal."
     def predict(self, features, maps=True):
         pixels = features.raw_pixels()  # (B, 3, H, H)
@@ -23,7 +23,7 @@ class Brightness(Learner):
         return Prediction(grey.flatten(1).mean(1), anomaly_map=grey if maps else None)
 
 # %% ../../nbs/methods/10_frozen_maps.ipynb #261ea678
-class TextMap(Learner):
+class TextMap(Detector):
     "Compare the image and its patches with normal and abnormal text: zero-shot CLIP."
     kept = {"text": "2 D"}  # normal and abnormal
     def learn(self, support):
@@ -39,7 +39,7 @@ class TextMap(Learner):
         return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, self.compare(patches)))
 
 # %% ../../nbs/methods/10_frozen_maps.ipynb #88b46ee7
-class MemoryBank(Learner):
+class MemoryBank(Detector):
     "Measure the distance to the frozen patches of normal images at several depths. Chen et al. 2023"
     kept = {"memory": "L M W"}
     def learn(self, support):

@@ -10,13 +10,12 @@ import torch
 from fastcore.basics import patch
 
 from ..core.clip import patches_of
-from ..core.detector import Prediction, Support, augmented, train
+from ..core.detector import Detector, Prediction, Support, augmented, train
 from .maps import combine_branches, patch_memory, value_ranges
 from .prompt_ensembles import read_text
-from .registry import Learner
 
 # %% ../../nbs/methods/12_level_maps.ipynb #ef09c412
-class MapDetector(Learner):
+class MapDetector(Detector):
     "Average a text branch with a memory of normal patches. Huang et al. 2024"
     kept = {"normal": "D", "abnormal": "D", "memory": "L M W", "ranges": "4 2",
             "by_map": "bool"}  # whether maps were trained
