@@ -14,7 +14,7 @@ from ..core.clip import patches_of, pixel_maps
 from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, augmented, train
 from .coop import LearnedPrompts, random_context
-from .map_losses import dice_loss, segmentation_loss
+from .level_maps import dice_loss, segmentation_loss
 from .maps import text_logits
 from .registry import Method
 

@@ -15,7 +15,7 @@ from ..core.detector import SignDetector, augmented, train
 from ..core.losses import inter_anomaly_loss
 from ..core.scores import category_margins
 from .fusion import LevelAdapters
-from .map_losses import segmentation_loss
+from .level_maps import segmentation_loss
 from .registry import Method
 
 # %% ../../nbs/methods/16_sign_maps.ipynb #86ea23e8
