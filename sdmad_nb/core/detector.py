@@ -127,6 +127,7 @@ class SignDetector(Detector):
         self.kept = {"sign_features": f"S {width}", "anchor": f"{width}", "keep": "bool S"}
         if config.reading == "unmixed": self.kept["thresholds"] = "C"
         super().__init__(clip, signs, config)
+        self.keep = torch.ones(len(signs.texts), dtype=torch.bool, device=clip.device)
         self.adapters = make_adapters(clip, config) if self.trained else None
 
     @property
@@ -136,8 +137,7 @@ class SignDetector(Detector):
     def read_signs(self):  # fixes sign features, anchor and selection; gives itself back
         adapter = self.adapters.text if self.adapters else None
         self.sign_features, self.anchor = text_features(self.clip, encode_prompts(self.clip, self.signs), adapter)
-        everything = torch.ones_like(self.category, dtype=torch.bool)
-        self.keep = select_signs(self.sign_features, self.category) if self.config.selection else everything
+        if self.config.selection: self.keep = select_signs(self.sign_features, self.category)
         return self
 
     def learn(self, support: Support): self.read_signs().read_shots(support)
