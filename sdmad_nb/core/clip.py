@@ -24,16 +24,18 @@ from .signs import SignSet, normal_prompts, sign_prompts
 # %% ../../nbs/core/02_clip.ipynb #6b4cb361
 def run_blocks(
     clip: "Clip",
-    tokens: torch.Tensor,  # (B, N, W) after block `start`
+    tokens: torch.Tensor,  # (B, N, W) after block `start`, before that block's adapter
     start: int,
     stop: int,
     adapters=None,  # {block number: module on tokens}
 ) -> torch.Tensor:  # (B, N, W) after block `stop` and its adapter
     "Run a range of image blocks with their adapters. Eq. (2)"
+    adapters = adapters or {}
+    if start in adapters: tokens = adapters[start](tokens)
     for number in range(start + 1, stop + 1):
         with torch.autocast(tokens.device.type, clip.dtype, enabled=clip.dtype != torch.float32):
             tokens = clip.image.blocks[number - 1](tokens)
-        if adapters and number in adapters: tokens = adapters[number](tokens)
+        if number in adapters: tokens = adapters[number](tokens)
     return tokens
 
 # %% ../../nbs/core/02_clip.ipynb #b414ca68
@@ -45,8 +47,7 @@ def image_features(
 ) -> torch.Tensor:  # (B, D) unit norm
     "Finish images from their frozen tokens. Eq. (1)-(2)"
     adapters = adapters or {}
-    if start in adapters: tokens = adapters[start](tokens)
-    inner = {number: adapter for number, adapter in adapters.items() if number != clip.depth}
+    inner = {number: adapter for number, adapter in adapters.items() if number != clip.depth or number == start}
     tokens = run_blocks(clip, tokens, start, clip.depth, inner)
     if clip.image.reads_first_token: tokens = tokens[:, :1]  # (B, 1, W): nothing behind the last block mixes tokens
     if clip.depth > start and clip.depth in adapters: tokens = adapters[clip.depth](tokens)
@@ -249,16 +250,10 @@ def patches_of(
     return tokens[..., -rows * columns:, :]
 
 def patch_features(
-    clip: Clip,
-    tokens: torch.Tensor,  # (B, N, W) after block `start`, before that block's adapter
-    start: int,
-    adapters=None,  # {block number: module on tokens}
+    clip: Clip, tokens: torch.Tensor, start: int, adapters=None,  # as for `image_features`
 ) -> torch.Tensor:  # (B, P, D) unit norm, patches row by row as in `clip.grid`
     "Project every patch the way the image is projected."
-    adapters = adapters or {}
-    if start in adapters: tokens = adapters[start](tokens)
-    later = {number: module for number, module in adapters.items() if number != start}
-    tokens = run_blocks(clip, tokens, start, clip.depth, later)
+    tokens = run_blocks(clip, tokens, start, clip.depth, adapters)
     return F.normalize(clip.image.project(patches_of(clip, tokens)), dim=-1)
 
 # %% ../../nbs/core/02_clip.ipynb #7d59fec2
@@ -317,7 +312,6 @@ def image_features(self: Features) -> torch.Tensor:  # (B, D) unit norm, of the 
     finish = lambda pixels: image_features(self.clip, self.clip.image.stem(pixels), 0)
     return self.frozen(["image"], lambda pixels: finish(pixels)[:, None])[:, 0]
 
-# %% ../../nbs/core/02_clip.ipynb #45c44c1a
 def _token_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W). FusionCLIP-AD, Eq. (1)
     tokens, levels = clip.image.stem(pixels), []
     for start, stop in zip((0, *blocks), blocks):

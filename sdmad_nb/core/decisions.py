@@ -13,10 +13,7 @@ from .losses import check_images, check_signs, cosine_similarity
 
 # %% ../../nbs/core/06_1_decisions.ipynb #d0000008
 def unmixed_weights(
-    image_features,  # (B, D)
-    sign_features,  # (S, D)
-    sign_category,  # (S,) integers in [0, C)
-    anchor,  # (D,)
+    image_features, sign_features, sign_category, anchor,  # as for `predict_categories`
     ridge: float = 0.2,  # > 0; a large one compares with each finding's mean sign alone
 ) -> torch.Tensor:  # (B, C + 1), the anchor's last; ValueError where an argument does not fit
     "Explain each image by all findings and the anchor at once, by ridge regression. Eq. (a)"

@@ -41,11 +41,7 @@ def category_scores(
 
 # %% ../../nbs/core/06_0_scores.ipynb #19a1dca6
 def predict_categories(
-    image_features,  # (B, D)
-    sign_features,  # (S, D)
-    sign_category,  # (S,) integers in [0, C)
-    anchor,  # (D,)
-    keep=None,  # (S,) bool, from `select_signs`; None = all signs
+    image_features, sign_features, sign_category, anchor, keep=None,  # anchor (D,), the rest as for `category_scores`
 ) -> torch.Tensor:  # (B, C) bool; ValueError where an argument does not fit
     "Say yes to a category whose every sign is more similar to the image than the anchor is. Eq. (8)"
     lowest = _over_signs("amin", image_features, sign_features, sign_category, keep, anchor)  # (B, C)
@@ -63,22 +59,14 @@ def sign_margins(
 
 # %% ../../nbs/core/06_0_scores.ipynb #3333c127
 def category_margins(
-    features,  # (B, D) of images or patches
-    sign_features,  # (S, D)
-    sign_category,  # (S,) integers in [0, C)
-    anchor,  # (D,)
-    keep=None,  # (S,) bool, from `select_signs`; None = all signs
+    features, sign_features, sign_category, anchor, keep=None,  # of images or patches; as for `predict_categories`
 ) -> torch.Tensor:  # (B, C), in [-2, 2]; ValueError where an argument does not fit
     "Measure how much better a category's best sign fits than the anchor."
     return _over_signs("amax", features, sign_features, sign_category, keep, anchor)
 
 # %% ../../nbs/core/06_0_scores.ipynb #c0fd075a
 def anomaly_score(
-    image_features,  # (B, D)
-    sign_features,  # (S, D)
-    sign_category,  # (S,) integers in [0, C)
-    anchor,  # (D,)
-    keep=None,  # (S,) bool, from `select_signs`; None = all signs
+    image_features, sign_features, sign_category, anchor, keep=None,  # anchor (D,), the rest as for `category_scores`
 ) -> torch.Tensor:  # (B,), in [-2, 2]; ValueError where an argument does not fit
     "Score how much better the best sign fits than the anchor does. Section 4.1, protocol 1 (our choice)"
     return category_margins(image_features, sign_features, sign_category, anchor, keep).amax(dim=1)

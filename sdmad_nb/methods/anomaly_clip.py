@@ -11,12 +11,12 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps
-from ..core.config import resolve_layers, torch_generator
-from ..core.detector import Prediction, augmented, train
+from ..core.config import torch_generator
+from ..core.detector import Detector, Prediction, augmented, train
 from .coop import LearnedPrompts, random_context
-from .map_losses import dice_loss, segmentation_loss
+from .level_maps import dice_loss, segmentation_loss
 from .maps import text_logits
-from .registry import Learner, Method
+from .registry import Method
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #b816c190
 def _glocal_loss(clip, images, patches, shots, weight=4):  # logits (K,) and (K, L, P), Support of K images -> scalar
@@ -46,13 +46,12 @@ def _surgery_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W), of t
     return torch.stack(levels, dim=1)
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #c1945dd2
-class AnomalyClip(Learner):
+class AnomalyClip(Detector):
     "Compare images and patches with two learned prompts about no particular object. Zhou et al. 2024"
     kept = {"text": "2 D"}  # normal and damaged
     surgery = True  # whether patches are read from the second stream
     def __init__(self, clip, signs, config):  # ValueError where the surgery cannot be done
         super().__init__(clip, signs, config)
-        self.blocks = resolve_layers(config.layers, clip.depth)
         if self.surgery and not isinstance(getattr(clip.image.blocks[-1], "attn", None), torch.nn.MultiheadAttention):
             raise ValueError(f"the attention of {clip.name} cannot be split into values and the rest: choose the "
                              "method anomaly-clip-plain, or another backbone, for example ViT-B-16-quickgelu")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core.adapters import draw_linear
 from ..core.clip import pixel_maps
 from ..core.detector import Prediction, augmented, train
-from .dra import LevelLearner
+from .dra import LevelDetector
 from .registry import Method
 
 # %% ../../nbs/methods/19_bgad.ipynb #1a264d75
@@ -71,7 +71,7 @@ def _known_patches(clip, shots):  # Support -> its images whose patches are know
     return shots, F.adaptive_max_pool2d(masks[:, None], clip.grid).flatten(1) >= 0.5
 
 # %% ../../nbs/methods/19_bgad.ipynb #2ce39ed5
-class BgadDetector(LevelLearner):
+class BgadDetector(LevelDetector):
     "Call a patch abnormal where it is unlikely among normal ones. Yao et al. 2023"
     kept = {"highest": "L"}  # log-likelihood among the normal training patches
     def __init__(self, clip, signs, config):

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from ..core.adapters import draw_linear
 from ..core.clip import Features, patches_of, pixel_maps
-from ..core.config import resolve_layers, torch_generator
-from ..core.detector import Prediction, augmented, train
-from .registry import Learner, Method
+from ..core.config import torch_generator
+from ..core.detector import Detector, Prediction, augmented, train
+from .registry import Method
 
 # %% ../../nbs/methods/18_dra.ipynb #2d3da009
 class _Heads(torch.nn.Module):
@@ -57,12 +57,8 @@ def _cut_mix(images, generator):  # (B, 3, H, H) of normal images -> the same, e
     return mixed
 
 # %% ../../nbs/methods/18_dra.ipynb #8a8c23cf
-class LevelLearner(Learner):
+class LevelDetector(Detector):
     "Learn from the frozen patches of several levels, brought to one scale."
-    def __init__(self, clip, signs, config):
-        super().__init__(clip, signs, config)
-        self.blocks = resolve_layers(config.layers, clip.depth)
-
     def each_level(self, make):  # function of a generator -> modules, one for each level
         draw = lambda number: torch_generator(self.config.seed, type(self).__name__, str(number))
         return torch.nn.ModuleList(make(draw(number)) for number in self.blocks).to(self.clip.device)
@@ -71,7 +67,7 @@ class LevelLearner(Learner):
         return F.layer_norm(patches_of(self.clip, features.levels(self.blocks)), (self.clip.image.width,))
 
 # %% ../../nbs/methods/18_dra.ipynb #8ae23d8b
-class DraDetector(LevelLearner):
+class DraDetector(LevelDetector):
     "Add up what three heads find abnormal, less what a fourth finds normal. Ding et al. 2022"
     kept = {"normal": "L P W"}  # mean of the normal shots
     def __init__(self, clip, signs, config):

@@ -17,10 +17,9 @@ from ..core.clip import patches_of, pixel_maps
 from ..core.config import resolve_layers, torch_generator
 from ..core.signs import normal_prompts, sign_prompts
 from .coop import LearnedPrompts, random_context
-from .level_maps import MapDetector
-from .map_losses import shot_loss
+from .level_maps import MapDetector, shot_loss
 from .maps import memory_distance, text_logits
-from .prompt_ensembles import TextFeatures, state_signs
+from .prompt_ensembles import state_signs
 from .registry import Method
 
 # %% ../../nbs/methods/14_fusion.ipynb #d448cae8
@@ -71,9 +70,9 @@ class LevelPrompts(torch.nn.Module):
         context = random_context(clip, torch_generator(config.seed, "context"), config.prompt_length, sets=2 * count)
         self.learned = LearnedPrompts(clip, list(prefixes) * count, list(suffixes) * count, context, sets)
 
-    def forward(self):  # -> TextFeatures, normal and abnormal (paths, L, D)
+    def forward(self):  # -> normal and abnormal (paths, L, D)
         kinds = self.learned().unflatten(0, (-1, sum(self.counts))).split(self.counts, dim=1)  # (places, T, D) each
-        return TextFeatures(*(F.normalize(kind.mean(1), dim=-1).reshape(*self.places, -1) for kind in kinds))
+        return [F.normalize(kind.mean(1), dim=-1).reshape(*self.places, -1) for kind in kinds]
 
 def _evenly_spaced(sentences, count):  # 0 = all -> at most `count`, in their order
     if not count or count >= len(sentences): return list(sentences)
@@ -96,15 +95,16 @@ class FusionDetector(MapDetector):
         with torch.no_grad(): fixed = prompts()
         return lambda: fixed, []
 
-    def logits(self, levels, text):  # (B, L, N, W), `TextFeatures` -> (B, paths, L, P)
-        return text_logits(self.adapters(levels), text.normal, text.abnormal, self.clip.scale)
+    def logits(self, levels, text):  # (B, L, N, W), normal and abnormal -> (B, paths, L, P)
+        return text_logits(self.adapters(levels), *text, self.clip.scale)
 
     def loss(self, levels, shots, text):
         paths = zip(self.adapters.weights, self.logits(levels, text).unbind(1), strict=True)
         return sum(weight * shot_loss(self.clip, path, shots) for weight, path in paths)
 
     def branches(self, levels):  # text map, memory map, text score, memory score
-        logits, weights = self.logits(levels, self), torch.tensor(self.adapters.weights, device=levels.device)
+        logits = self.logits(levels, (self.normal, self.abnormal))
+        weights = torch.tensor(self.adapters.weights, device=levels.device)
         distance = memory_distance(self.memory_patches(levels), self.memory).mean(1)  # (B, P)
         maps = pixel_maps(self.clip, logits).sigmoid().mean(2)  # (B, paths, H, H)
         whole = logits.mean(-1).sigmoid().mean(2) @ weights  # (B,), as in Eq. (5)

@@ -8,15 +8,68 @@ __all__ = ['MapDetector']
 # %% ../../nbs/methods/12_level_maps.ipynb #317a3126
 import torch
 from fastcore.basics import patch
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
-from ..core.clip import patches_of
-from ..core.detector import Prediction, Support, augmented, train
-from .maps import combine_branches, patch_memory, value_ranges
+from ..core.clip import patches_of, pixel_maps
+from ..core.detector import Detector, Prediction, Support, augmented, train
+from .maps import patch_memory
 from .prompt_ensembles import read_text
-from .registry import Learner
+
+# %% ../../nbs/methods/12_level_maps.ipynb #e920b6e8
+def _focal_loss(logits, masks, gamma=2.0):  # (B, H, W), (B, H, W) 0/1 -> scalar, mean over pixels
+    return sigmoid_focal_loss(logits, masks.to(logits.dtype), alpha=-1, gamma=gamma, reduction="mean")
+
+# %% ../../nbs/methods/12_level_maps.ipynb #c0b3d601
+def dice_loss(probabilities, masks):  # (B, H, W) in [0, 1], (B, H, W) 0/1 -> scalar in [0, 1), mean over images
+    "Compare the area that a map and a mask share with that of each. Milletari et al. 2016"
+    p, t = probabilities.flatten(1), masks.flatten(1).to(probabilities.dtype)  # (B, H * W)
+    return 1 - ((2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+
+# %% ../../nbs/methods/12_level_maps.ipynb #d3585597
+def segmentation_loss(maps, masks):  # (B, L, H, W) logits, (B, H, W) 0/1 -> scalar: sum over levels, mean over images
+    "Compare the map of every level with the mask. FusionCLIP-AD, Eq. (6)"
+    return sum(_focal_loss(level, masks) + dice_loss(level.sigmoid(), masks) for level in maps.unbind(1))
+
+# %% ../../nbs/methods/12_level_maps.ipynb #14d0ea8b
+def image_loss(logits, labels, faulty=False):  # (B, L, P), (B,) 0/1; True takes the probability for a logit
+    "Compare the mean probability of an image's patches with its label. Huang et al. 2024"
+    return _label_loss(logits.sigmoid().mean(-1), labels, faulty)
+
+def pooled_loss(logits, labels):  # (B, L, P), (B,) 0/1
+    "Compare the mean logit of an image's patches with its label. FusionCLIP-AD, Eq. (5)"
+    return _label_loss(logits.mean(-1), labels)
+
+def _label_loss(values, labels, are_logits=True):  # (B, L), (B,) 0/1 -> scalar: sum over levels, mean over images
+    entropy = F.binary_cross_entropy_with_logits if are_logits else F.binary_cross_entropy
+    return entropy(values, labels.to(values)[:, None].expand_as(values), reduction="none").mean(0).sum()
+
+# %% ../../nbs/methods/12_level_maps.ipynb #50443685
+def known_mask_loss(clip, logits, shots):  # (K, L, P), Support of K images -> scalar, 0 where no mask is known
+    "Compare maps with the masks that are known: the sum over levels, and the mean over these shots."
+    if shots.masks is None or not shots.known.any(): return logits.new_zeros(())
+    known = shots.known.to(logits.device)
+    return segmentation_loss(pixel_maps(clip, logits[known]), (shots.masks.to(logits.device)[known] >= 0.5).float())
+
+def shot_loss(clip, logits, shots):  # the same; the means over shots with and without a known mask are added
+    "Compare maps with masks where they are known, and with labels where not. FusionCLIP-AD, Eq. (5)-(6)"
+    labels = shots.abnormal.to(logits.device)
+    if shots.masks is None: return pooled_loss(logits, labels)
+    loss, unknown = known_mask_loss(clip, logits, shots), ~shots.known.to(logits.device)
+    return loss + pooled_loss(logits[unknown], labels[unknown]) if unknown.any() else loss
+
+# %% ../../nbs/methods/12_level_maps.ipynb #7ae54563
+def value_ranges(parts):  # what each branch gives, tensors of any shape -> (branches, 2), lowest and highest value
+    return torch.stack([torch.stack([part.min(), part.max()]) for part in parts])
+
+def combine_branches(parts, ranges, by_map, maps=True):  # text and memory map (B, H, H), text and memory score (B,)
+    "Average text and memory on one scale, that of `value_ranges`. Huang et al. 2024"
+    scaled = [(part - low) / (high - low).clamp(min=1e-12) for part, (low, high) in zip(parts, ranges, strict=True)]
+    pixels, images = (scaled[0] + scaled[1]) / 2, (scaled[2] + scaled[3]) / 2
+    return Prediction(pixels.flatten(1).amax(1) if by_map else images, anomaly_map=pixels if maps else None)
 
 # %% ../../nbs/methods/12_level_maps.ipynb #ef09c412
-class MapDetector(Learner):
+class MapDetector(Detector):
     "Average a text branch with a memory of normal patches. Huang et al. 2024"
     kept = {"normal": "D", "abnormal": "D", "memory": "L M W", "ranges": "4 2",
             "by_map": "bool"}  # whether maps were trained
@@ -54,8 +107,8 @@ def learn(self: MapDetector, support: Support):  # of normal and abnormal images
 @patch
 @torch.no_grad()
 def finish(self: MapDetector, tokens, shots: Support, plain: int, text):
-    # tokens of all shots, `plain` images first, then their variants; function that gives `TextFeatures`
-    self.normal, self.abnormal = text().normal, text().abnormal
+    # tokens of all shots, `plain` images first, then their variants; function that gives normal and abnormal
+    self.normal, self.abnormal = text()
     self.memory = patch_memory(self.memory_patches(tokens[shots.abnormal == 0]))
     self.by_map = torch.tensor(shots.masks is not None, device=self.clip.device)
     self.ranges = value_ranges(self.branches(tokens[:plain][shots.abnormal[:plain] == 1]))

@@ -12,11 +12,11 @@ from sklearn.linear_model import LogisticRegression
 
 from ..core.clip import Features
 from ..core.decisions import shot_thresholds
-from ..core.detector import Prediction
-from .registry import Learner, Method
+from ..core.detector import Detector, Prediction
+from .registry import Method
 
 # %% ../../nbs/methods/03_linear_probe.ipynb #4b872ad8
-class LogitDetector(Learner):
+class LogitDetector(Detector):
     "Decide by the `logits` (B, C + 1) of the findings and of normal, which stands last."
     def margins(self, features: Features) -> torch.Tensor: return above_normal(self.logits(features))  # (B, C)
 

@@ -9,7 +9,10 @@ __all__ = []
 import torch
 from torch.nn import functional as F
 
-from ..core.detector import Prediction
+from ..core.clip import patch_features, patches_of, pixel_maps
+from ..core.detector import Detector, Prediction, augmented
+from .prompt_ensembles import read_text
+from .registry import Method
 
 # %% ../../nbs/methods/08_maps.ipynb #5071efed
 def text_logits(features, normal, abnormal, scale=100.0):  # (..., P, D) any length; (D,) or (..., D) -> (..., P)
@@ -27,12 +30,47 @@ def memory_distance(patches, memory):  # (B, ..., P, W), (..., M, W), any length
     memory = F.normalize(memory, dim=-1)
     return torch.stack([1 - (F.normalize(image, dim=-1) @ memory.mT).amax(-1) for image in patches])
 
-# %% ../../nbs/methods/08_maps.ipynb #7ae54563
-def value_ranges(parts):  # what each branch gives, tensors of any shape -> (branches, 2), lowest and highest value
-    return torch.stack([torch.stack([part.min(), part.max()]) for part in parts])
+# %% ../../nbs/methods/08_maps.ipynb #43146ac9
+class Brightness(Detector):
+    "Call bright pixels abnormal."
+    def predict(self, features, maps=True):
+        pixels = features.raw_pixels()  # (B, 3, H, H)
+        grey = torch.einsum("bchw,c->bhw", pixels, pixels.new_tensor([0.299, 0.587, 0.114]))
+        return Prediction(grey.flatten(1).mean(1), anomaly_map=grey if maps else None)
 
-def combine_branches(parts, ranges, by_map, maps=True):  # text and memory map (B, H, H), text and memory score (B,)
-    "Average text and memory on one scale, that of `value_ranges`. Huang et al. 2024"
-    scaled = [(part - low) / (high - low).clamp(min=1e-12) for part, (low, high) in zip(parts, ranges, strict=True)]
-    pixels, images = (scaled[0] + scaled[1]) / 2, (scaled[2] + scaled[3]) / 2
-    return Prediction(pixels.flatten(1).amax(1) if by_map else images, anomaly_map=pixels if maps else None)
+# %% ../../nbs/methods/08_maps.ipynb #261ea678
+class TextMap(Detector):
+    "Compare the image and its patches with normal and abnormal text: zero-shot CLIP."
+    kept = {"text": "2 D"}  # normal and abnormal
+    def learn(self, support):
+        self.text = torch.stack(read_text(self.clip, self.signs, self.config.prompts))
+
+    def compare(self, features): return text_logits(features, *self.text, self.clip.scale)  # (..., D) -> (...)
+
+    def predict(self, features, maps=True):
+        anomaly, last = self.compare(features.image_features()), self.clip.depth
+        if not maps: return Prediction(anomaly)
+        patches = patch_features(self.clip, features.tokens(last), last)
+        return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, self.compare(patches)))
+
+# %% ../../nbs/methods/08_maps.ipynb #88b46ee7
+class MemoryBank(Detector):
+    "Measure the distance to the frozen patches of normal images at several depths. Chen et al. 2023"
+    kept = {"memory": "L M W"}
+    def learn(self, support):
+        normal = augmented(support[support.abnormal == 0], self.config.augment)
+        self.memory = patch_memory(self._patches(normal.features))
+
+    def _patches(self, features): return patches_of(self.clip, features.levels(self.config.layers))  # (B, L, P, W)
+
+    def predict(self, features, maps=True):
+        distance = memory_distance(self._patches(features), self.memory).mean(1)  # (B, P)
+        found = pixel_maps(self.clip, distance)  # (B, H, H)
+        return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
+
+_ROW = dict(gives=("anomaly", "anomaly_map"), group="frozen")
+METHODS = (
+    Method("brightness", "Brightness", Brightness, tables=("table1", "beyond"), **_ROW),
+    Method("clip-map", "CLIP zero-shot", TextMap, tables=("table1", "fusion"), **_ROW),
+    Method("memory-bank", "Memory bank", MemoryBank, tables=("table1",), needs=("normal",), **_ROW),
+)

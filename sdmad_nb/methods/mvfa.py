@@ -15,13 +15,12 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from ..core.adapters import draw_linear
-from ..core.clip import Features, patches_of, pixel_maps, run_blocks
-from ..core.config import resolve_layers, torch_generator
+from ..core.clip import Features, encode_prompts, patches_of, pixel_maps, run_blocks, text_features
+from ..core.config import torch_generator
 from ..core.detector import predict, train
 from ..core.losses import inter_anomaly_loss
-from .level_maps import TEST_FAULTS, MapDetector
-from .map_losses import image_loss, known_mask_loss
-from .maps import memory_distance, text_logits, value_ranges
+from .level_maps import TEST_FAULTS, MapDetector, image_loss, known_mask_loss, value_ranges
+from .maps import memory_distance, text_logits
 from .registry import Method
 
 # %% ../../nbs/methods/13_mvfa.ipynb #9b0ddb5f
@@ -42,45 +41,48 @@ class TwinAdapter(torch.nn.Module):
 class MvfaDetector(MapDetector):
     "Draw maps with twin adapters. Huang et al. 2024"
     kept = MapDetector.kept | {"memory": "2 L M D"}
-    signs_in_loss = False  # whether SD-MAD's loss is added
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)
-        numbers, shape = resolve_layers(config.layers, clip.depth), (clip.image.width, clip.joint, config.lam)
         draw = lambda number: torch_generator(config.seed, "twins", str(number))
-        self.twins = torch.nn.ModuleDict({
-            str(number): TwinAdapter(*shape, draw(number), number == numbers[-1])
-            for number in numbers}).to(clip.device)
+        self.twins = torch.nn.ModuleDict({str(number): TwinAdapter(
+            clip.image.width, clip.joint, config.lam, draw(number), number == self.blocks[-1])
+            for number in self.blocks}).to(clip.device)
 
     def tokens(self, features):  # (B, N, W), frozen
         if "no-clip-normalisation" in self.config.mvfa_faults: features = Features(self.clip, features.raw_pixels())
-        return features.tokens(int(next(iter(self.twins))))
+        return features.tokens(self.blocks[0])
 
     def encode(self, tokens):  # (B, N, W) -> (B, 2, L, N, D)
-        levels, at = [], int(next(iter(self.twins)))
-        for number, twin in self.twins.items():
-            tokens, middle = twin(run_blocks(self.clip, tokens, at, int(number)))
-            levels, at = [*levels, middle], int(number)
+        levels = []
+        for start, stop in zip((self.blocks[0], *self.blocks), self.blocks):
+            tokens, middle = self.twins[str(stop)](run_blocks(self.clip, tokens, start, stop))
+            levels.append(middle)
         return torch.stack(levels, dim=2)
+
+    def sign_loss(self, patches, labels): return 0  # where SD-MAD's loss is added, see below
 
 # %% ../../nbs/methods/13_mvfa.ipynb #f57b3491
 @patch
-def loss(self: MvfaDetector, tokens, shots, text):  # (K, N, W), Support of K images, TextFeatures -> scalar
+def loss(self: MvfaDetector, tokens, shots, text):  # (K, N, W), Support of K images, normal and abnormal -> scalar
     patches, labels = patches_of(self.clip, self.encode(tokens)), shots.abnormal.to(tokens.device)
-    segmentation, detection = text_logits(patches, text.normal, text.abnormal, self.clip.scale).unbind(1)  # (B, L, P)
+    segmentation, detection = text_logits(patches, *text, self.clip.scale).unbind(1)  # (B, L, P)
     loss = image_loss(detection, labels, "logits-of-probabilities" in self.config.mvfa_faults)
     loss = loss + known_mask_loss(self.clip, segmentation, shots)
     scored = 1 if shots.masks is None else 0  # detection, or segmentation: what an image's score is read from
-    return loss + _sign_loss(patches[:, scored], labels, text) if self.signs_in_loss else loss
+    return loss + self.sign_loss(patches[:, scored], labels)
 
 # %% ../../nbs/methods/13_mvfa.ipynb #6375f09e
 class SignMvfaDetector(MvfaDetector):
     "Add SD-MAD's loss to MVFA's. Eq. (5)"
-    signs_in_loss = True
+    def learn(self, support):
+        self.sign_text = text_features(self.clip, encode_prompts(self.clip, self.signs))  # (S, D), (D,)
+        super().learn(support)
 
-def _sign_loss(patches, labels, text):  # (B, L, P, D), (B,) 0/1, TextFeatures -> sum over levels, mean over images
-    features = F.normalize(F.normalize(patches, dim=-1).mean(2), dim=-1)  # (B, L, D)
-    signs = text.signs, torch.zeros(len(text.signs), dtype=torch.long, device=labels.device), text.anchor
-    return sum(inter_anomaly_loss(level, *signs, labels[:, None], reduction="mean") for level in features.unbind(1))
+    def sign_loss(self, patches, labels):  # (B, L, P, D), (B,) 0/1 -> sum over levels, mean over images
+        features = F.normalize(F.normalize(patches, dim=-1).mean(2), dim=-1)  # (B, L, D)
+        signs, anchor = self.sign_text
+        given = signs, torch.zeros(len(signs), dtype=torch.long, device=labels.device), anchor, labels[:, None]
+        return sum(inter_anomaly_loss(level, *given, reduction="mean") for level in features.unbind(1))
 
 # %% ../../nbs/methods/13_mvfa.ipynb #71206066
 @patch

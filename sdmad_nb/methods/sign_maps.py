@@ -11,11 +11,11 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 
 from ..core.clip import pixel_maps
-from ..core.detector import SignDetector, augmented, check_support, train
+from ..core.detector import SignDetector, augmented, train
 from ..core.losses import inter_anomaly_loss
 from ..core.scores import category_margins
 from .fusion import LevelAdapters
-from .map_losses import segmentation_loss
+from .level_maps import segmentation_loss
 from .registry import Method
 
 # %% ../../nbs/methods/16_sign_maps.ipynb #86ea23e8
@@ -47,10 +47,10 @@ class SignMapDetector(SignDetector):
         return _pool_patches(found, margins, self.adapt_levels.weights), patches, margins
 
     @torch.no_grad()
-    def encode_images(self, features): return self.encode(features.levels(self.adapt_levels.blocks))[0]
+    def encode_images(self, features): return self.encode(features.levels(self.blocks))[0]
 
     @torch.no_grad()
-    def encode_patches(self, features): return self.encode(features.levels(self.adapt_levels.blocks))[1]
+    def encode_patches(self, features): return self.encode(features.levels(self.blocks))[1]
 
 # %% ../../nbs/methods/16_sign_maps.ipynb #cd2834dd
 def _pool_patches(features, margins, weights, sharpness=20.0):  # tau; 0 takes the mean
@@ -80,13 +80,13 @@ def loss(self: SignMapDetector, levels, shots):  # (K, L, N, W), Support of K im
     masks = (shots.masks.to(levels.device)[known] >= 0.5).float()  # those of rotated shots are made 0 or 1 again
     return loss + _finding_map_loss(self.clip, logits[known], labels[known], masks)
 
-@patch(cls_method=True)
-def fit(cls: SignMapDetector, support, clip, signs, config):
-    check_support(support, signs)
-    detector, shots = cls(clip, signs, config).read_signs(), augmented(support, config.augment)
-    levels = shots.features.levels(detector.adapt_levels.blocks)
-    loss_of = lambda rows: detector.loss(levels[rows], shots[rows])
-    detector.history = train(loss_of, detector.adapt_levels.parameters(), len(shots), config)
-    return detector.read_shots(support)
+@patch
+def learn(self: SignMapDetector, support):
+    self.read_signs()
+    shots = augmented(support, self.config.augment)
+    levels = shots.features.levels(self.blocks)
+    loss_of = lambda rows: self.loss(levels[rows], shots[rows])
+    self.history = train(loss_of, self.parameters(), len(shots), self.config)
+    self.read_shots(support)
 
 METHODS = (Method("sign-maps", "SD-MAD's signs on FusionCLIP-AD", SignMapDetector, tables=("beyond",)),)

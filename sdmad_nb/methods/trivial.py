@@ -9,8 +9,8 @@ __all__ = ['best_constant']
 import numpy as np
 import torch
 
-from ..core.detector import Prediction
-from .registry import Learner, Method
+from ..core.detector import Detector, Prediction
+from .registry import Method
 
 # %% ../../nbs/methods/01_trivial.ipynb #6f8cad9c
 def best_constant(labels) -> np.ndarray:  # (N, C) 0/1 -> (C,) bool
@@ -19,7 +19,7 @@ def best_constant(labels) -> np.ndarray:  # (N, C) 0/1 -> (C,) bool
     return min(zip(-counts, sets.sum(1), map(tuple, ~sets), sets), key=lambda row: row[:3])[3]
 
 # %% ../../nbs/methods/01_trivial.ipynb #f6368556
-class ConstantDetector(Learner):
+class ConstantDetector(Detector):
     "Give every image the most frequent label set of the shots."
     kept = {"answer": "bool C"}
     def learn(self, support):

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps, run_blocks
 from ..core.detector import Prediction
-from .frozen_maps import TextMap
-from .maps import memory_distance, patch_memory
+from .maps import TextMap, memory_distance, patch_memory
 from .registry import Method
 
 # %% ../../nbs/methods/11_winclip.ipynb #22213956
