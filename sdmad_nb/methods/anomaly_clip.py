@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #324e185d
 import torch
 from fastcore.basics import patch
+from timm.models.vision_transformer import Attention
 from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps
@@ -28,12 +29,17 @@ def _glocal_loss(clip, images, patches, shots, weight=4):  # logits (K,) and (K,
     return loss + weight * (segmentation_loss(maps, masks) + normal)
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #6361a4ac
+def _values(block, tokens):  # (B, N, W) -> the attention's values (B, N, W), and what it does with their mixture
+    attention = block.attn
+    if isinstance(attention, Attention):  # timm's
+        return attention.qkv(block.norm1(tokens)).chunk(3, -1)[2], lambda mixed: block.ls1(attention.proj(mixed))
+    weight, bias = (part.chunk(3)[2] for part in (attention.in_proj_weight, attention.in_proj_bias))
+    return F.linear(block.ln_1(tokens), weight, bias), lambda mixed: block.ls_1(attention.out_proj(mixed))
+
 def _value_attention(block, tokens):  # (B, N, W) -> (B, N, W)
-    attention, width = block.attn, tokens.shape[-1]
-    values = F.linear(block.ln_1(tokens), attention.in_proj_weight[2 * width:], attention.in_proj_bias[2 * width:])
-    split = values.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-    found = F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2)
-    return block.ls_1(attention.out_proj(found))
+    values, finish = _values(block, tokens)
+    split = values.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+    return finish(F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2))
 
 def _surgery_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W), of the second stream
     tokens = beside = clip.image.stem(pixels)
@@ -52,7 +58,8 @@ class AnomalyClip(Detector):
     surgery = True  # whether patches are read from the second stream
     def __init__(self, clip, signs, config):  # ValueError where the surgery cannot be done
         super().__init__(clip, signs, config)
-        if self.surgery and not isinstance(getattr(clip.image.blocks[-1], "attn", None), torch.nn.MultiheadAttention):
+        attention = getattr(clip.image.blocks[-1], "attn", None)
+        if self.surgery and not isinstance(attention, (torch.nn.MultiheadAttention, Attention)):
             raise ValueError(f"the attention of {clip.name} cannot be split into values and the rest: choose the "
                              "method anomaly-clip-plain, or another backbone, for example ViT-B-16-quickgelu")
 
