@@ -69,11 +69,15 @@ figures: tables fusion
 	$(BIN)/papermill nbs/run_parts.ipynb
 	$(BIN)/papermill nbs/run_beyond.ipynb
 	$(BIN)/papermill nbs/run_decisions.ipynb
+	$(BIN)/papermill nbs/run_losses.ipynb
+	$(BIN)/papermill nbs/run_table2.ipynb -p backbone small -p results results/small
 	mkdir -p nbs/figures
 	cp results/fig1/demo-slice5.png nbs/figures/fig1.png
 	cp results/table2/table.md nbs/figures/table2.md
 	cp results/table2/demo-slice5.png nbs/figures/table2.png
 	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
+	cp results/small/table2/table.md nbs/figures/table2-small.md
+	cp results/losses/table.md nbs/figures/losses.md
 	cp results/decisions/table.md nbs/figures/decisions.md
 	cp results/decisions/decisions.png nbs/figures/decisions.png
 	cp results/decisions/findings/table.md nbs/figures/decisions-findings.md
@@ -83,6 +87,7 @@ figures: tables fusion
 	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
 	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
 	cp results/fusion_table2/table.md nbs/figures/fusion-table2.md
+	cp results/fusion_table3/table.md nbs/figures/fusion-table3.md
 	cp results/beyond/table.md nbs/figures/beyond.md
 	cp results/parts/table.md nbs/figures/parts.md
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb nbs/results.ipynb
@@ -94,10 +99,10 @@ figures: tables fusion
 SHOTS ?= 1
 SEEDS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 real: decisions
-	for folder in $(REAL); do name=real-$$(basename $$folder); \
-	  $(RUN) nbs/run_table2.ipynb -p data $$folder -y 'seeds: $(SEEDS)' -p results results/$$name && \
-	  cp results/$$name/table2/table.md nbs/figures/$$name-table2.md && \
-	  cp results/$$name/table2/intervals/table.md nbs/figures/$$name-intervals.md || exit 1; done
+	for folder in $(REAL); do for shots in $$(echo '$(SHOTS)' | tr -d ,); do name=real-$$(basename $$folder); \
+	  $(RUN) nbs/run_table2.ipynb -p data $$folder -p shots $$shots -y 'seeds: $(SEEDS)' -p results results/$$name && \
+	  cp results/$$name/table2/table.md nbs/figures/$$name-table2-k$$shots.md && \
+	  cp results/$$name/table2/intervals/table.md nbs/figures/$$name-intervals-k$$shots.md || exit 1; done; done
 
 maps: decisions
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
