@@ -92,7 +92,8 @@ class Detector(torch.nn.Module):
 
     @classmethod
     def fit(cls, support: Support, clip: Clip, signs: SignSet, config: Config, **oracle):  # of an oracle: `test`
-        for part in (support, *oracle.values()): check_support(part, signs)
+        for part in (support, *oracle.values()):
+            if part is not None: check_support(part, signs)  # zero-shot needs none
         detector = cls(clip, signs, config)
         detector.learn(support, **oracle)
         return detector
