@@ -95,8 +95,7 @@ class FusionDetector(MapDetector):
         with torch.no_grad(): fixed = prompts()
         return lambda: fixed, []
 
-    def logits(self, levels, text):  # (B, L, N, W), normal and abnormal -> (B, paths, L, P)
-        return text_logits(self.adapters(levels), *text, self.clip.scale)
+    def logits(self, levels, text): return text_logits(self.adapters(levels), *text, self.clip.scale)  # (B, paths, L, P)
 
     def loss(self, levels, shots, text):
         paths = zip(self.adapters.weights, self.logits(levels, text).unbind(1), strict=True)
