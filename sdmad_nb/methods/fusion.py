@@ -95,7 +95,7 @@ class FusionDetector(MapDetector):
         with torch.no_grad(): fixed = prompts()
         return lambda: fixed, []
 
-    def logits(self, levels, text): return text_logits(self.adapters(levels), *text, self.clip.scale)  # (B, paths, L, P)
+    def logits(self, levels, text): return text_logits(self.adapters(levels), *text, self.clip.scale)  # (B, path, L, P)
 
     def loss(self, levels, shots, text):
         paths = zip(self.adapters.weights, self.logits(levels, text).unbind(1), strict=True)
