@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..core.clip import Clip
 from ..core.config import Config, config_to_dict, resolve_device, resolve_layers
-from ..core.detector import predict
+from ..core.detector import AdaptedDetector, predict
 from ..core.signs import SignSet, restrict
 from ..data.backbones import load_clip, resolve_backbone
 from ..data.cache import Cache, cache_folder
@@ -140,31 +140,42 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
-def _run(benchmark, method, seed, folder, truths):  # -> record; `truths` keeps what is known about the last test set
+def _run(benchmark, method, seed, folder, known):  # -> record; `known`: the last test set, and what was trained for it
     chosen = find_method(method)
     chosen = replace(chosen, changes=chosen.changes | benchmark.changes.get(method, {}))
     config = chosen.configure(replace(benchmark.config, seed=seed))
     split = split_of(benchmark, config, folder)
-    if (tested := (benchmark.dataset.name, split.test)) not in truths:
-        truths.clear()
-        truths[tested] = Truth(benchmark.dataset, indices(benchmark.dataset, split.test))
-    truth, protocols = truths[tested], {"image", *benchmark.protocols}
-    check_truth(truth, benchmark.protocols)
+    if (tested := (benchmark.dataset.name, split.test)) not in known:
+        known.clear()
+        known[tested] = Truth(benchmark.dataset, indices(benchmark.dataset, split.test)), {}
+    protocols = {"image", *benchmark.protocols}
+    check_truth(known[tested][0], benchmark.protocols)
     path, identity = _identify(benchmark, chosen, config, split, folder)
 
     def holds(record):  # what was measured before is measured again, so that two tables share a record
         missing = protocols - set(record["protocols"])
         protocols.update(record["protocols"])
         return not missing
-    return run_once(path, identity, lambda: _measure(benchmark, chosen, config, split, truth, protocols), holds)
+    same = _digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
+    measure = lambda: _measure(benchmark, chosen, config, split, *known[tested], same, protocols)
+    return run_once(path, identity, measure, holds)
 
 # %% ../../nbs/lab/06_benchmark.ipynb #2e952c29
-def _measure(benchmark, method, config, split, truth, protocols):  # -> what a record holds beside its identity
+_READS = ("selection", "reading", "ridge")  # choices that the training of SD-MAD does not know
+
+def _fit(method, support, clip, signs, config, trained, same, **oracle):  # -> detector
+    if method.detector is not AdaptedDetector: return method.fit(support, clip, signs, config, **oracle)
+    if same not in trained: trained[same] = method.fit(support, clip, signs, config)
+    detector = AdaptedDetector(clip, signs, config)
+    detector.method, detector.adapters, detector.history = method.name, trained[same].adapters, trained[same].history
+    return detector.read_signs().read_shots(support)
+
+def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds to its identity
     dataset, clip = benchmark.dataset, benchmark.clip
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}
     support = read_support(dataset, learned, clip, benchmark.masks)
-    detector = method.fit(support, clip, benchmark.signs, config, **oracle)
+    detector = _fit(method, support, clip, benchmark.signs, config, trained, same, **oracle)
     maps = bool({"pixels", "places"} & protocols)
     prediction = predict(detector, read_features(dataset, tested, clip), maps=maps)
     metrics, resampled = evaluate(truth, prediction, sorted(protocols), benchmark.draws)
@@ -206,8 +217,8 @@ def run_all(
     "Run methods with every benchmark and seed, or read their records."
     for name in methods: find_method(name)
     if type(jobs) is not int or jobs < 1: raise ValueError(f"jobs is {jobs!r} but must be a whole number of at least 1")
-    parts, truths, records = [methods] if jobs > 1 else [[name] for name in methods], {}, []
-    runs = [(one, part, seed, folder, truths) for one in benchmarks for seed in check_seeds(seeds) for part in parts]
+    parts, known, records = [methods] if jobs > 1 else [[name] for name in methods], {}, []
+    runs = [(one, part, seed, folder, known) for one in benchmarks for seed in check_seeds(seeds) for part in parts]
     with tqdm(total=sum(len(run[1]) for run in runs), desc=benchmarks[0].dataset.name, unit="run") as bar:
         for found in Parallel(jobs, return_as="generator")(delayed(_run_part)(*run) for run in runs):
             records += found

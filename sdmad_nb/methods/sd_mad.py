@@ -16,4 +16,6 @@ METHODS = (
     Method("sd-mad", "SD-MAD", AdaptedDetector, tables=_TABLES, changes={"selection": True}),
     Method("sd-mad-unmixed", "SD-MAD, unmixed", AdaptedDetector, tables=("table2", "table3"),
            changes={"selection": True, "reading": "unmixed"}),
+    Method("sd-mad-mean-sign", "SD-MAD, mean sign", AdaptedDetector,
+           changes={"selection": True, "reading": "unmixed", "ridge": 1e3}),
 )

@@ -16,4 +16,6 @@ METHODS = (
     Method("clip-ss", "CLIP + SS", SignDetector, group="frozen", tables=("parts",), changes={"selection": True}),
     Method("clip-unmixed", "CLIP, unmixed", SignDetector, group="frozen", tables=("table2", "table3"),
            changes={"selection": False, "reading": "unmixed"}),
+    Method("clip-mean-sign", "CLIP, mean sign", SignDetector, group="frozen",
+           changes={"selection": False, "reading": "unmixed", "ridge": 1e3}),
 )
