@@ -24,7 +24,7 @@ from ..data.support import read_masks
 from .benchmark import check_seeds, run_all, split_of
 from .evaluation import Truth, check_truth
 from .records import flat, results_folder
-from .tables import paper_table, winners_summary, write_tables
+from .tables import paper_table, significance_summary, winners_summary, write_tables
 from ..methods.registry import find_method, find_methods
 
 # %% ../../nbs/lab/09_experiment.ipynb #bfb8a965
@@ -118,9 +118,10 @@ def replicates(self: Experiment) -> str:  # what a table's standard deviations a
 
 @patch(as_prop=True)
 def disclaimer(self: Experiment) -> str:  # what the numbers are not
-    if self.demo: return ("These are demo numbers: synthetic images, a small backbone made for them. They show which "
-                          "way a part moves the result, and nothing about patients.")
-    name, demo = self.dataset.folder.name, self.benchmarks[0].clip.name == "demo"
+    clip, name = self.benchmarks[0].clip.name, self.dataset.folder.name
+    demo, read = clip == "demo", "a small backbone made for them" if clip == "demo" else f"read by {clip}"
+    if self.demo: return (f"These are demo numbers: synthetic images, {read}. They show which way a part moves the "
+                          "result, and nothing about patients.")
     return f"Scored on the images of {name}{' with the demo backbone, which was trained on synthetic heads' * demo}."
 
 # %% ../../nbs/lab/09_experiment.ipynb #be691d74
@@ -147,10 +148,13 @@ def write_results(
     as_printed,  # function of a long table -> the table to be read
     names: dict = None,  # metrics -> what they are called, of the sentence that says which method is best
     ours: str = "",  # a method, whose distance from the best is told
+    compared=None,  # from `compare_methods`: what is significant is told
 ) -> list:  # paths of table.csv and table.md
     "Write the long table and the one to be read."
     note = f"{experiment.disclaimer} Mean ± standard deviation over {experiment.replicates}, in percent."
-    told = lambda rows: f"{note} {winners_summary(rows, names, ours)}" if names else note
+    if compared is not None: note += f" {significance_summary(compared)}"
+    over = {} if experiment.replicates == "seeds" else {"dataset": experiment.replicates}
+    told = lambda rows: f"{note} {winners_summary(rows.assign(**over), names, ours)}" if names else note
     return write_tables(experiment.folder, long, as_printed, f"{experiment.label} ({experiment.setting})", told)
 
 # %% ../../nbs/lab/09_experiment.ipynb #178383f0
