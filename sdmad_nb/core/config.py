@@ -93,7 +93,7 @@ class Config(_MapChoices):
     split_level: Literal["patient", "image"] = "patient"  # no other image of a shot's patient is tested; or the paper's
     selection: bool = True  # Eq. (6) at inference; False is the paper's "no SS"
     reading: Literal["best-sign", "unmixed"] = "best-sign"  # Eq. (7)-(8); or all findings at once, core/06_1_decisions
-    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2  # of the unmixed reading, chosen on other draws, IDRiD
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.2  # unmixed reading; chosen on other draws, IDRiD
 
 # %% ../../nbs/core/00_config.ipynb #94586e2a
 def config_to_dict(config: Config) -> dict:  # only JSON types
