@@ -65,31 +65,23 @@ SMALLER = $(BIN)/python -c 'import sys; from PIL import Image; picture = Image.o
 	picture.thumbnail((1700, 1700)); picture.save(sys.argv[2])'
 
 # The tables and pictures of the README and of the results page: made from the records of these runs, never typed
+BESIDE = parts beyond decisions losses calibration
+SMALL = table1 table2 table3 fusion_table1 fusion_table2 fusion_table3
+PICTURES = fig1/demo-slice5:fig1 fig3/demo-slice5:fig3 fig4/demo-slice5-signs:fig4-signs \
+	fig4/demo-slice5-where:fig4-where table1/demo-slice5-maps:table1-maps table2/demo-slice5:table2 \
+	table2/demo-slice5-images:table2-images decisions/decisions:decisions calibration/demo-slice5:calibration \
+	fusion_fig4/demo-slice5:fusion-fig4 fusion_fig5/demo-slice5:fusion-fig5 fusion_fig6/demo-slice5-maps:fusion-fig6 \
+	fusion_fig7/demo-slice5-responses:fusion-fig7 small/fig3/demo-slice5:fig3-small
 figures: tables fusion
-	$(BIN)/papermill nbs/run_parts.ipynb
-	$(BIN)/papermill nbs/run_beyond.ipynb
-	$(BIN)/papermill nbs/run_decisions.ipynb
-	$(BIN)/papermill nbs/run_losses.ipynb
-	$(BIN)/papermill nbs/run_table2.ipynb -p backbone small -p results results/small
+	for name in $(BESIDE); do $(RUN) nbs/run_$$name.ipynb || exit 1; done
+	for name in $(SMALL) fig3; do $(RUN) nbs/run_$$name.ipynb -p backbone small -p results results/small || exit 1; done
 	mkdir -p nbs/figures
-	cp results/fig1/demo-slice5.png nbs/figures/fig1.png
-	cp results/table2/table.md nbs/figures/table2.md
-	cp results/table2/demo-slice5.png nbs/figures/table2.png
-	cp results/table2/demo-slice5-images.png nbs/figures/table2-images.png
-	cp results/small/table2/table.md nbs/figures/table2-small.md
-	cp results/losses/table.md nbs/figures/losses.md
-	cp results/decisions/table.md nbs/figures/decisions.md
-	cp results/decisions/decisions.png nbs/figures/decisions.png
-	cp results/decisions/findings/table.md nbs/figures/decisions-findings.md
-	cp results/table1/table.md nbs/figures/table1.md
-	$(SMALLER) results/table1/demo-slice5-maps.png nbs/figures/table1-maps.png
-	cp results/table3/table.md nbs/figures/table3.md
-	cp results/fig3/demo-slice5.png nbs/figures/fig3.png
-	cp results/fusion_table1/table.md nbs/figures/fusion-table1.md
-	cp results/fusion_table2/table.md nbs/figures/fusion-table2.md
-	cp results/fusion_table3/table.md nbs/figures/fusion-table3.md
-	cp results/beyond/table.md nbs/figures/beyond.md
-	cp results/parts/table.md nbs/figures/parts.md
+	for name in table1 table2 table3 fusion_table1 fusion_table2 fusion_table3 fusion_fig7 $(BESIDE); do \
+	  cp results/$$name/table.md nbs/figures/$$(echo $$name | tr _ -).md || exit 1; done
+	for name in $(SMALL); do cp results/small/$$name/table.md nbs/figures/$$(echo $$name | tr _ -)-small.md || exit 1; done
+	for name in findings goals differences ridge; do \
+	  cp results/decisions/$$name/table.md nbs/figures/decisions-$$name.md || exit 1; done
+	for pair in $(PICTURES); do $(SMALLER) results/$${pair%:*}.png nbs/figures/$${pair#*:}.png || exit 1; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace nbs/index.ipynb nbs/results.ipynb
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/readme.py
@@ -107,12 +99,16 @@ real: decisions
 maps: decisions
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
 	  $(RUN) nbs/run_table1.ipynb -p data $$folder -y '{each_patient: True, seeds: [0, 1, 2]}' -p results results/$$name && \
-	  cp results/$$name/table1/table.md nbs/figures/$$name-table1.md || exit 1; done
+	  cp results/$$name/table1/table.md nbs/figures/$$name-table1.md || exit 1; \
+	  for number in 1 2; do $(RUN) nbs/run_fusion_table$$number.ipynb -p data $$folder \
+	    -y '{each_patient: True, seeds: [0]}' -p results results/$$name && \
+	    cp results/$$name/fusion_table$$number/table.md nbs/figures/$$name-fusion-table$$number.md || exit 1; done; done
 
 decisions: $(STAMP)
 	for folder in $(REAL); do name=real-$$(basename $$folder); \
 	  $(RUN) nbs/run_decisions.ipynb -y "{draws: [], data: ['$$folder'], seeds: $(SEEDS), shot_counts: [$(SHOTS)]}" \
-	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md || exit 1; done
+	    -p results results/$$name && cp results/$$name/decisions/table.md nbs/figures/$$name.md && \
+	    cp results/$$name/decisions/differences/table.md nbs/figures/$$name-differences.md || exit 1; done
 
 readme: $(STAMP)
 	$(BIN)/python tests/readme.py
