@@ -10,7 +10,6 @@ import ast
 import hashlib
 import json
 import re
-import sys
 import tempfile
 import time
 from datetime import datetime
@@ -24,9 +23,6 @@ from filelock import FileLock
 
 from ..core.config import write_atomically
 from ..data.cache import project_root
-
-try: import resource
-except ImportError: resource = None  # Windows has none: the peak memory is then recorded as unknown
 
 # %% ../../nbs/lab/05_records.ipynb #b9c272d7
 def run_once(
@@ -45,12 +41,12 @@ def run_once(
 
 def _make_record(path, identity, compute):  # writes it
     started, result = time.perf_counter(), compute()
-    run = {"seconds": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
-    whole = _plain({"identity": sorted(identity), **identity, **result, **run})
+    seconds = time.perf_counter() - started
+    whole = _plain({"identity": sorted(identity), **identity, **result, "seconds": seconds})
     whole["sha256"] = _checksum(whole)
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
-    line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s {:7.0f} MB  {}\n".format(datetime.now(), *run.values(), path.stem)
+    line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s  {}\n".format(datetime.now(), seconds, path.stem)
     with path.with_name("runs.log").open("a", encoding="utf-8") as log: log.write(line)
 
 # %% ../../nbs/lab/05_records.ipynb #7f48806d
@@ -91,11 +87,6 @@ def _numbers(value):  # the way back
 # %% ../../nbs/lab/05_records.ipynb #044e17c9
 def _versions():  # names to version texts
     return {"torch": str(torch.__version__), "open_clip": version("open_clip_torch"), "numpy": np.__version__}
-
-def _peak_memory_mb():  # MiB; NaN where the system does not tell
-    if resource is None: return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
 
 # %% ../../nbs/lab/05_records.ipynb #86b0dc44
 def results_folder(
