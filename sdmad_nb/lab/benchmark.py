@@ -9,7 +9,7 @@ __all__ = ['Benchmark', 'open_benchmark', 'each_patient', 'check_seeds', 'check_
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -130,9 +130,11 @@ def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, defa
 def _identify(benchmark, method, config, split, folder):  # -> path of the record, identity
     dataset, modules = benchmark.dataset, (method.detector.__module__, evaluate.__module__, read_support.__module__)
     code = code_fingerprint(*(name for name in modules if name.startswith("sdmad_nb.")))
+    signs = benchmark.signs
+    prompts = [signs.object, signs.normal, signs.templates, [*signs.signs.items()]]  # what the prompts are made of
     identity = {"config": config_to_dict(config), "method": method.name, "data": dataset.name,
                 "labels": dataset_fingerprint(dataset), "pixels": dataset.content,
-                "signs": _digest(asdict(benchmark.signs)), "clip": benchmark.clip.fingerprint,
+                "signs": _digest(prompts), "clip": benchmark.clip.fingerprint,
                 "masks": benchmark.masks, "draws": benchmark.draws,
                 "drawn": _digest([split.train, split.test]), "code": code}
     told = ["config", "labels", "masks", "draws", *["drawn"] * bool(benchmark.split)]
@@ -170,7 +172,7 @@ def _fit(method, support, clip, signs, config, trained, same, **oracle):  # -> d
     detector.method, detector.adapters, detector.history = method.name, trained[same].adapters, trained[same].history
     return detector.read_signs().read_shots(support)
 
-def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds to its identity
+def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds
     dataset, clip = benchmark.dataset, benchmark.clip
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}
