@@ -149,12 +149,12 @@ def calm(work, tmp_path_factory):
     return folder
 
 
-def made(folder):  # {name: what a record says, but for the time and memory that it took}
+def made(folder):  # {name: what a record says, but for the time that it took}
     "Read the records of nine runs, each of which was made once."
     logged = [line.split()[-1] for line in (folder / "runs.log").read_text(encoding="utf-8").splitlines()]
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(RECORDS)}
     assert len(logged) == 9 and {*logged} == found.keys()
-    taken = ("seconds", "peak_memory_mb", "sha256")
+    taken = ("seconds", "sha256")
     return {name: {key: value for key, value in one.items() if key not in taken} for name, one in found.items()}
 
 

@@ -321,7 +321,7 @@ def _new(
 ):
     "Start a signs.json, and print a request for a language model."
     from sdmad_nb.app.sign_tools import new_signs
-    from sdmad_nb.core.inputs import read_json
+    from sdmad_nb.core.config import read_json
     path = new_signs(folder, object)
     print(read_json(path)["request"])
     print(f"{path} is written. Fill in the lists under \"signs\": three to five signs for each finding.\n"

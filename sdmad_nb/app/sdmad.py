@@ -30,9 +30,8 @@ from .pictures import EmptyImage, Shown, list_images, to_picture
 
 # %% ../../nbs/app/01_sdmad.ipynb #572e55cf
 from ..core.clip import Features
-from ..core.config import Config, resolve_device
+from ..core.config import Config, InputError, resolve_device, schema_faults
 from ..core.detector import Detector, SignDetector, predict, read_header, save
-from ..core.inputs import InputError, schema_faults
 from ..core.scores import sign_margins
 from ..core.signs import restrict
 from ..data.backbones import load_clip, resolve_backbone

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LAYER_PRESETS', 'PATHS', 'Config', 'config_to_dict', 'resolve_layers', 'torch_generator', 'numpy_generator',
-           'resolve_device', 'write_atomically']
+           'resolve_device', 'write_atomically', 'InputError', 'schema_faults', 'read_json']
 
 # %% ../../nbs/core/00_config.ipynb #7b4033b5
 import errno
 import hashlib
+import json
 import os
+import reprlib
 import stat
 import tempfile
 import time
@@ -21,8 +23,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, Strict, ValidationError, create_model
-
-from .inputs import InputError, schema_faults
 
 # %% ../../nbs/core/00_config.ipynb #f62d453e
 LAYER_PRESETS = {"quarters": (6, 12, 18, 24), "paper": (6, 8, 18, 24)}  # counted for the 24 blocks of ViT-L/14
@@ -178,3 +178,50 @@ def _remove_old(folder):  # what processes that were killed have left
     for file in folder.glob(".tmp-*"):
         with suppress(OSError):  # another process may be faster
             if time.time() - file.stat().st_mtime > 24 * 3600: file.unlink()
+
+# %% ../../nbs/core/00_config.ipynb #1cf305f5
+def _line(fault):
+    if len(fault) > 600: fault = f"{fault[:400]} ... {fault[-200:]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in fault)
+
+class InputError(ValueError):
+    "Say in one message everything that is wrong with what a user gave."
+    def __init__(self, message, faults=()):  # faults: sentences, each with place and remedy
+        lines = tuple(map(_line, faults))
+        self.faults = lines or (message,)
+        more = [f"and {len(lines) - 100} more: correct these first"] if len(lines) > 100 else []
+        super().__init__((": " if len(lines) == 1 else "\n- ").join([message, *lines[:100], *more]))
+
+# %% ../../nbs/core/00_config.ipynb #f9f4c42a
+_REMEDIES = {"missing": "add it", "unexpected_keyword_argument": "correct its name, or remove it",
+             "too_short": "write at least one", "string_too_short": "write a text", "string_type": "write a text",
+             "string_unicode": "write it anew, it holds half a character", "tuple_type": "write a list",
+             "dict_type": "write an object"}
+
+def schema_faults(error: ValidationError) -> list:  # one sentence for each fault
+    "Say which fields a schema refuses, their values and what to do."
+    def sentence(fault):
+        place = " > ".join(f"entry {part + 1}" if isinstance(part, int) else repr(part)
+                           for part in fault["loc"] if part != "[key]")
+        value = "missing" if fault["type"] == "missing" else reprlib.repr(fault["input"])
+        remedy = _REMEDIES.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+        return f"{place} is {value}: {remedy}" if place else remedy
+    return [sentence(fault) for fault in error.errors(include_url=False)
+            if not (fault["type"] == "too_short" and fault["input"])]  # pydantic does not count entries that are wrong
+
+# %% ../../nbs/core/00_config.ipynb #25d9e80f
+def _no_key_twice(items):  # keys and values of one JSON object
+    names = [name for name, _ in items]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the key {max(names, key=names.count)!r} stands twice in one object: merge the two")
+    return dict(items)
+
+def read_json(path) -> dict:  # InputError
+    "Read a file that holds one JSON object."
+    try: values = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
+    except OSError as error:
+        raise InputError(f"it cannot be read ({error.strerror}): check the path and its rights") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, thousands of brackets
+        raise InputError(f"it is not sound JSON ({error}): correct it there, and save it as UTF-8 text") from error
+    if not isinstance(values, dict): raise InputError(f"it holds {reprlib.repr(values)}: write a JSON object")
+    return values

@@ -18,8 +18,7 @@ from typing import Annotated
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .config import write_atomically
-from .inputs import InputError, read_json, schema_faults
+from .config import InputError, read_json, schema_faults, write_atomically
 
 # %% ../../nbs/core/01_signs.ipynb #66b70e57
 def sign_prompts(sign_set: "SignSet") -> list:  # S lists of T sentences

@@ -23,8 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..core.config import write_atomically
-from ..core.inputs import InputError
+from ..core.config import InputError, write_atomically
 
 # %% ../../nbs/data/01_0_images.ipynb #cf74fcfb
 class DataError(InputError):

@@ -16,8 +16,7 @@ import numpy as np
 from pydantic import ConfigDict, Field, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ..core.config import Config, numpy_generator, write_atomically
-from ..core.inputs import InputError, read_json, schema_faults
+from ..core.config import Config, InputError, numpy_generator, read_json, schema_faults, write_atomically
 from .folder import DataSet, dataset_fingerprint
 from .images import DataError
 

@@ -6,10 +6,8 @@
 __all__ = ['Benchmark', 'open_benchmark', 'each_patient', 'check_seeds', 'check_cache', 'split_of', 'run_all']
 
 # %% ../../nbs/lab/06_benchmark.ipynb #9883baf3
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,7 @@ from ..data.open_data import open_data
 from ..data.splits import Split, draw_split, hold_out, indices, read_split, write_split
 from ..data.support import join_findings, read_features, read_support
 from .evaluation import Truth, check_truth, evaluate
-from .records import code_fingerprint, record_path, run_once
+from .records import code_fingerprint, digest, record_path, run_once
 from ..methods.registry import find_method
 
 # %% ../../nbs/lab/06_benchmark.ipynb #fb962363
@@ -125,18 +123,18 @@ def split_of(
     return split
 
 # %% ../../nbs/lab/06_benchmark.ipynb #4b562767
-def _digest(value): return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
 def _identify(benchmark, method, config, split, folder):  # -> path of the record, identity
     dataset, modules = benchmark.dataset, (method.detector.__module__, evaluate.__module__, read_support.__module__)
     code = code_fingerprint(*(name for name in modules if name.startswith("sdmad_nb.")))
+    signs = benchmark.signs
+    prompts = [signs.object, signs.normal, signs.templates, [*signs.signs.items()]]  # what the prompts are made of
     identity = {"config": config_to_dict(config), "method": method.name, "data": dataset.name,
                 "labels": dataset_fingerprint(dataset), "pixels": dataset.content,
-                "signs": _digest(asdict(benchmark.signs)), "clip": benchmark.clip.fingerprint,
+                "signs": digest(prompts), "clip": benchmark.clip.fingerprint,
                 "masks": benchmark.masks, "draws": benchmark.draws,
-                "drawn": _digest([split.train, split.test]), "code": code}
+                "drawn": digest([split.train, split.test]), "code": code}
     told = ["config", "labels", "masks", "draws", *["drawn"] * bool(benchmark.split)]
-    variant = _digest([identity[name] for name in told])
+    variant = digest([identity[name] for name in told])
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
@@ -156,7 +154,7 @@ def _run(benchmark, method, seed, folder, known):  # -> record; `known`: the las
         missing = protocols - set(record["protocols"])
         protocols.update(record["protocols"])
         return not missing
-    same = _digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
+    same = digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
     measure = lambda: _measure(benchmark, chosen, config, split, *known[tested], same, protocols)
     return run_once(path, identity, measure, holds)
 
@@ -170,7 +168,7 @@ def _fit(method, support, clip, signs, config, trained, same, **oracle):  # -> d
     detector.method, detector.adapters, detector.history = method.name, trained[same].adapters, trained[same].history
     return detector.read_signs().read_shots(support)
 
-def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds to its identity
+def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds
     dataset, clip = benchmark.dataset, benchmark.clip
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}

@@ -134,7 +134,7 @@ def long_table(
     rows = []
     for record in records:
         short = {key: value for key, value in record.items()
-                 if isinstance(value, (str, bool, int, float)) and key not in ("seconds", "peak_memory_mb")}
+                 if isinstance(value, (str, bool, int, float)) and key != "seconds"}
         short |= {key: record["config"].get(key) for key in columns}
         drawn = {name: np.array(text.split(), dtype=float) for name, text in record["resampled"].items()}
         rows += [{**short, "metric": "/".join(name), "value": value, "drawn": drawn.get("/".join(name))}

@@ -10,7 +10,6 @@ import ast
 import hashlib
 import json
 import re
-import sys
 import tempfile
 import time
 from datetime import datetime
@@ -24,9 +23,6 @@ from filelock import FileLock
 
 from ..core.config import write_atomically
 from ..data.cache import project_root
-
-try: import resource
-except ImportError: resource = None  # Windows has none: the peak memory is then recorded as unknown
 
 # %% ../../nbs/lab/05_records.ipynb #b9c272d7
 def run_once(
@@ -45,22 +41,20 @@ def run_once(
 
 def _make_record(path, identity, compute):  # writes it
     started, result = time.perf_counter(), compute()
-    run = {"seconds": time.perf_counter() - started, "peak_memory_mb": _peak_memory_mb()}
-    whole = _plain({"identity": sorted(identity), **identity, **result, **run})
-    whole["sha256"] = _checksum(whole)
+    seconds = time.perf_counter() - started
+    whole = _plain({"identity": sorted(identity), **identity, **result, "seconds": seconds})
+    whole["sha256"] = digest(whole)
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
-    line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s {:7.0f} MB  {}\n".format(datetime.now(), *run.values(), path.stem)
+    line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s  {}\n".format(datetime.now(), seconds, path.stem)
     with path.with_name("runs.log").open("a", encoding="utf-8") as log: log.write(line)
 
 # %% ../../nbs/lab/05_records.ipynb #7f48806d
-def _checksum(record): return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-
 def _read_record(path, identity):  # -> None where there is none for this identity, and a printed line says why
     if not path.exists(): return None
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: return print(f"recomputing: {path} is damaged ({error})")
-    if not isinstance(record, dict) or record.pop("sha256", None) != _checksum(record):
+    if not isinstance(record, dict) or record.pop("sha256", None) != digest(record):
         return print(f"recomputing: {path} was changed after it was written, or is no record of this version")
     stored, wanted = ({".".join(name): value for name, value in flat(entries)} for entries in (
         {key: record.get(key) for key in record.get("identity") or ()}, _plain(identity)))
@@ -77,6 +71,9 @@ def flat(value, name=()):  # nested dicts and lists -> (name, value) of everythi
 def _plain(value):  # -> the same in JSON's types; TypeError where a part has none
     return json.loads(json.dumps(value, default=_as_json), parse_constant=lambda word: None)
 
+def digest(value):  # 16 hexadecimal digits of its JSON
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
 def _as_json(value):
     if isinstance(value, Path): return str(value)
     if hasattr(value, "tolist"): return value.tolist()  # NumPy and torch
@@ -91,11 +88,6 @@ def _numbers(value):  # the way back
 # %% ../../nbs/lab/05_records.ipynb #044e17c9
 def _versions():  # names to version texts
     return {"torch": str(torch.__version__), "open_clip": version("open_clip_torch"), "numpy": np.__version__}
-
-def _peak_memory_mb():  # MiB; NaN where the system does not tell
-    if resource is None: return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)  # bytes on macOS, KiB on Linux
 
 # %% ../../nbs/lab/05_records.ipynb #86b0dc44
 def results_folder(
@@ -114,7 +106,7 @@ def results_folder(
 # %% ../../nbs/lab/05_records.ipynb #662e2e13
 def record_path(folder, dataset, method, shots, seed, variant=""):  # variant: what else distinguishes it -> Path
     dataset_word, method_word = (re.sub(r"[^\w.+]+", "_", name).strip("_")[:80] for name in (dataset, method))
-    digits = hashlib.sha256(json.dumps([dataset, method, variant]).encode()).hexdigest()[:6]
+    digits = digest([dataset, method, variant])[:6]
     return Path(folder) / f"{dataset_word}-{method_word}-k{shots}-s{seed}-{digits}.json"
 
 # %% ../../nbs/lab/05_records.ipynb #a62a61a4
@@ -136,4 +128,4 @@ def code_fingerprint(
     "Hash the code of modules and of all that they import from this package, without comments and docstrings."
     found = {}
     for module in modules: _code_behind(module, found)
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(found)
