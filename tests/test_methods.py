@@ -2,7 +2,7 @@
 import gc
 import weakref
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import open_clip
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sdmad_nb.core.clip import Features, fingerprint, freeze_clip
 from sdmad_nb.core.config import Config
 from sdmad_nb.core.detector import Prediction, Support, predict, save
-from sdmad_nb.core.signs import SignSet
+from sdmad_nb.core.signs import SignSet, restrict
 from sdmad_nb.methods.registry import find_method, find_methods, load_detector
 
 SIDE = 56  # pixels, the input of the small CLIP
@@ -128,6 +128,25 @@ def test_a_method_keeps_the_contract(name, clip, tmp_path):
     check_needs(method, clip)
     assert fingerprint(clip.model, "") == before, "a weight of CLIP has changed"
     assert all(weight.grad is None and not weight.requires_grad for weight in clip.model.parameters())
+
+
+ODD = {"one finding": (LABELS[:, :1], restrict(SIGNS, ["dot"])),
+       "no negative shot": (torch.cat([torch.ones(7, 1), LABELS[:, 1:]], 1), SIGNS), "one shot in all": (LABELS[:1], SIGNS),
+       "equal signs": (LABELS, replace(SIGNS, signs={**SIGNS.signs, "line": SIGNS.signs["dot"]})),
+       "one contains another": (torch.cat([LABELS[:, :2].amax(1, keepdim=True), LABELS[:, 1:]], 1), SIGNS)}
+
+
+@pytest.mark.parametrize("labels, signs", ODD.values(), ids=ODD)
+def test_the_unmixed_reading_of_odd_shots(clip, labels, signs):
+    "Every score is finite and every decision defined; a shot with the lowest score of a finding that all have gets no."
+    features = Features(clip, [picture(row, bool(LABELS[row].any())) for row in range(len(labels))])
+    detector = find_method("sd-mad-unmixed").fit(Support(features, labels), clip, signs, Config(epochs=2))
+    said = detector.predict(features)
+    assert said.scores.shape == said.labels.shape == labels.shape and said.labels.dtype == torch.bool
+    assert all(part.isfinite().all() for part in (said.scores, said.finding_maps, said.anomaly, detector.thresholds))
+    assert (said.scores > detector.thresholds)[said.labels].all()
+    for c in range(labels.shape[1]):
+        if labels[:, c].all() or len(labels) == 1: assert not said.labels[said.scores[:, c].argmin(), c]
 
 
 class Elsewhere(torch.Tensor):

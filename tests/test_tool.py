@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from sdmad_nb import SDMAD, Config
 from sdmad_nb.app.command_line import shell
+from sdmad_nb.core.signs import write_signs
 from sdmad_nb.data.open_data import open_data
 
 SDMAD_COMMAND = str(BIN / "sdmad")
@@ -44,7 +46,7 @@ def fitted(tmp_path_factory):
     done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5",
                "--sensitivity", "0.8", "--backbone", "demo")
     assert done.returncode == 0, done.stderr
-    assert "learned Craniotomy" in done.stderr and done.stdout == ""
+    assert "learned Craniotomy" in done.stderr and done.stdout == "" and "has only ever seen synthetic heads" in done.stderr
     return dataset, folder / "mine.safetensors"
 
 
@@ -83,7 +85,31 @@ def test_other_methods_are_fitted_used_and_tested_by_the_same_commands(fitted, t
     assert done.returncode == 0 and 0 <= metrics.value["abnormal AUROC"] <= 1
     assert ("Hamming" in metrics.index) == decides
     pd.testing.assert_frame_equal(metrics, SDMAD.load(model).evaluate(dataset.folder), atol=1e-4)
-    assert ("stands for each finding's" in done.stderr) == (not decides)
+    assert ("stands for each finding's" in done.stderr) == ("gives no decisions" in done.stderr) == (not decides)
+
+
+def test_what_the_backbone_has_seen_goes_with_everything(fitted, tmp_path):
+    "In the terminal, in the model, beside the table, on the pictures; and warnings name the command for a large CLIP."
+    dataset, file = fitted
+    seen, large = "The backbone demo has only ever seen synthetic heads", "--backbone ViT-L-14-quickgelu --pretrained openai"
+    with safe_open(file, "pt") as stored: assert seen in json.loads(stored.metadata()["sdmad"])["notes"]["seen"]
+    done, model = sdmad("predict", file, dataset.path(0), "-o", tmp_path / "out.csv"), SDMAD.load(file)
+    said = json.loads((tmp_path / "out.csv.json").read_text())
+    assert seen in done.stderr and seen in said["seen"] and said["model"] == file.name and said["method"] == "sd-mad-unmixed"
+    assert seen in model.explain(dataset.path(0)).plot().flat[0].figure.get_supxlabel()
+    assert seen in sdmad("evaluate", file, dataset.folder).stderr
+    sdmad("predict", file, dataset.path(0), "-o", os.devnull)
+    assert not os.path.exists(f"{os.devnull}.json")
+    signs = replace(model.detector.signs, signs={name: ["a quixotic rim"] for name in dataset.categories}, candidates={})
+    write_signs(signs, tmp_path / "signs.json")
+    for name, warned in (("demo", True), ("small", False)):
+        done = sdmad("fit", dataset.folder, "--shots", 1, "--method", "nothing", "--signs", tmp_path / "signs.json",
+                     "--backbone", name, "-o", tmp_path / "x.safetensors")
+        assert done.returncode == 0 and f"The backbone {name} has" in done.stderr, done.stderr
+        assert (f"warning: {len(signs.signs)} of" in done.stderr and "such as 'quixotic'" in done.stderr) == warned
+        assert (large in done.stderr) == warned
+    done = sdmad("evaluate", tmp_path / "x.safetensors", dataset.folder)  # no image is looked at
+    assert re.search(f"warning: the interval of .*abnormal AUROC.* does not lie above 50 %.*{large}", done.stderr), done.stderr
 
 
 def test_methods_are_listed(fitted):

@@ -131,14 +131,12 @@ def _fit(
         from sdmad_nb.app.sdmad import SDMAD, Config
         model = SDMAD.fit(folder, shots, seed, signs, Config(**choices), device, sensitivity, method)
         print(f"learned {', '.join(model.categories)} from {len(model.origin.hashes)} images: {model.save(output)}")
-        print(_seen(model))
+        _tell(model.notes)
     if model.calibration and model.calibration.slope <= 0: print(_WARNING, file=sys.stderr)
 
 # %% ../../nbs/app/02_command_line.ipynb #23770a21
-def _seen(model):  # -> sentence about its backbone
-    from sdmad_nb.data.backbones import backbone_seen
-    clip = model.detector.clip
-    return f"{backbone_seen(clip) or f'The backbone is {clip.name}'}."
+def _tell(notes):
+    for note in notes: print(note if note.startswith("warning: ") else f"note: {note}")
 
 _WARNING = ("warning: left-out images with a finding score no higher than those without, so what was learned does not "
             "carry over to new images: try a backbone that has seen such images, other signs, or more shots")
@@ -148,7 +146,7 @@ _WARNING = ("warning: left-out images with a finding score no higher than those 
 def _predict(
     model,  # file that sdmad fit has written
     images: list[str],  # image files, DICOM, NIfTI, or folders of them
-    output: str = "",  # table as CSV; printed where it is left out
+    output: str = "",  # table as CSV, and beside it, as .csv.json, what made it; printed where it is left out
     heatmaps: str = "",  # folder: draw each image with maps of the findings, and write those of NIfTI in its geometry
     batch_size: Annotated[int, Option(min=1, help="images at a time")] = 32,
     skip_bad: bool = False,  # leave out images that cannot be read, and list them
@@ -164,7 +162,7 @@ def _predict(
         from sdmad_nb.app.pictures import list_images
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device, backbone)
-        print(_seen(fitted))
+        _tell(fitted.notes)
         shown, rest = list_images(images, fitted.reader, skipped)
         left_out = [f"{name} is no image" for name in rest]
         file = _unfinished(shown, [Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps])
@@ -172,7 +170,16 @@ def _predict(
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
+    if Path(output).is_file(): _write_origin(fitted, model, output)
     if skipped: raise Exit(3)
+
+# %% ../../nbs/app/02_command_line.ipynb #5e140006
+def _write_origin(fitted, model, output):  # beside a table
+    config, (seen, *notes) = fitted.detector.config, fitted.notes
+    said = {"model": Path(model).name, "sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(),
+            "method": fitted.method.name, "findings": fitted.categories, "backbone": config.backbone,
+            "pretrained": Path(config.pretrained).name, "seen": seen, "notes": notes}
+    _write_texts([json.dumps(said, indent=1, ensure_ascii=False), "\n"], f"{output}.json")
 
 # %% ../../nbs/app/02_command_line.ipynb #ba494994
 def _file_name(text, most=120):  # -> short enough for any file system, without signs that a shell or a path reads
@@ -245,7 +252,7 @@ def _evaluate(
     with redirect_stdout(sys.stderr):
         from sdmad_nb.app.sdmad import SDMAD
         table = SDMAD.load(model, pretrained, device, backbone).evaluate(folder, calibrated=calibrated, maps=maps)
-        for note in table.attrs["notes"]: print(f"note: {note}")
+        _tell(table.attrs["notes"])
         _write_texts([_as_csv(table.reset_index())], target)
 
 # %% ../../nbs/app/02_command_line.ipynb #126a04f6

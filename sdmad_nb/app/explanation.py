@@ -21,8 +21,8 @@ from ..lab.experiment import map_over_image
 def stand_out(maps):  # (..., h, w) -> (..., h, w), how far each place is above the median of its map
     return maps - np.median(maps, axis=(-2, -1), keepdims=True)
 
-def draw_maps(picture, maps, titles, limit=None):  # (H, W, 3) uint8, (n, h, w), n texts, how far the colours reach
-    # above and below a map's median (None: as far as these maps do) -> (rows, columns) of Axes: picture, then maps
+def draw_maps(picture, maps, titles, limit=None, foot=""):  # (H, W, 3) uint8, (n, h, w), n texts, how far the colours
+    # reach above and below a map's median (None: as far as these maps do), a text -> (rows, columns) of Axes
     columns = min(6, 1 + len(maps))
     rows = -(-(1 + len(maps)) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.4 * columns + 0.6, 2.8 * rows), squeeze=False,
@@ -35,6 +35,7 @@ def draw_maps(picture, maps, titles, limit=None):  # (H, W, 3) uint8, (n, h, w),
         map_over_image(ax, picture, values, limit)
         lines = [fill(line, 27) for line in title.split("\n")]
         ax.set_title("\n".join(lines), fontsize=8, parse_math=False)
+    if foot: figure.supxlabel(fill(foot, 40 * columns), fontsize=7, parse_math=False)
     colours = plt.cm.ScalarMappable(plt.Normalize(-limit, limit), "vlag")
     figure.colorbar(colours, ax=axes, shrink=0.7, aspect=30).set_label("above the map's median", fontsize=8)
     return axes
@@ -50,11 +51,12 @@ class Explanation:
     signs: tuple = ()  # S' texts of the kept signs; empty where the method reads none
     sign_maps: np.ndarray = None  # (S', rows, columns) of patches
     limit: float = None  # of the colours, the same for all pictures of a model
+    foot: str = ""  # a sentence under every picture, such as what the backbone has seen
 
     def plot(self, signs: bool = False) -> np.ndarray:  # of Axes: the picture, then every finding, or every sign
-        if not signs: return draw_maps(self.picture, self.maps, self.titles, self.limit)
+        if not signs: return draw_maps(self.picture, self.maps, self.titles, self.limit, self.foot)
         if not self.signs: raise ValueError("this method reads no signs, so there is no map of a sign: fit sd-mad")
-        return draw_maps(self.picture, self.sign_maps, self.signs)
+        return draw_maps(self.picture, self.sign_maps, self.signs, foot=self.foot)
 
     def save(self, path, signs: bool = False) -> Path:  # the picture written, in the format that its ending names
         figure = self.plot(signs).flat[0].figure

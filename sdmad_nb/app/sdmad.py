@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .calibration import Calibration, calibrate, left_out_margins
 from .explanation import Explanation, stand_out
 from .pictures import EmptyImage, Shown, list_images, to_picture
+from .sign_tools import unseen_words
 
 # %% ../../nbs/app/01_sdmad.ipynb #572e55cf
 from ..core.clip import Features
@@ -34,7 +35,7 @@ from ..core.config import Config, InputError, resolve_device, schema_faults
 from ..core.detector import Detector, SignDetector, predict, read_header, save
 from ..core.scores import sign_margins
 from ..core.signs import restrict
-from ..data.backbones import load_clip, resolve_backbone
+from ..data.backbones import backbone_seen, load_clip, resolve_backbone
 from ..data.folder import read_dataset
 from ..data.images import DataError, ImageReader, Pixels
 from ..data.open_data import open_data
@@ -71,6 +72,26 @@ class SDMAD:
     def method(self) -> Method: return find_method(self.detector.method)
     @property
     def categories(self) -> tuple: return self.detector.signs.categories  # C names
+
+# %% ../../nbs/app/01_sdmad.ipynb #5e140002
+@patch(as_prop=True)
+def notes(self: SDMAD) -> list:  # sentences without their full stops, the backbone's first
+    "Say what to know about whatever the model says."
+    detector, method = self.detector, self.method
+    notes, signs = [backbone_seen(detector.config)], detector.signs.texts
+    unread = [words for text in signs if (words := unseen_words(detector.clip, text))]
+    if "labels" not in method.gives:
+        notes.append(f"{method.title} gives no decisions, so what rests on a yes or no is left out"
+                     + ", except with --calibrated" * bool(self.calibration))
+    if unread:
+        notes.append(f"warning: {len(unread)} of {len(signs)} signs have words that the backbone has not read, such as "
+                     f"{unread[0][0]!r}: {_remedy(detector.config)}")
+    return notes
+
+def _remedy(config):
+    large = "sdmad fit FOLDER -o FILE --backbone ViT-L-14-quickgelu --pretrained openai --image-size 240"
+    if config.backbone in ("demo", "small"): return f"fit on a large CLIP, as with {large}"
+    return "try other signs, more shots, or another backbone (sdmad backbones)"
 
 # %% ../../nbs/app/01_sdmad.ipynb #2894370b
 @patch(cls_method=True)
@@ -236,7 +257,7 @@ def _explain(model, detector, pictures, features, table):  # of B images -> B of
     signs = tuple(np.array(detector.signs.texts)[detector.keep.cpu()].tolist()) if reads else ()
     places = detector.sign_maps(features).cpu().numpy() if reads else [None] * len(found)
     return [Explanation(np.asarray(picture), table.iloc[[i]], found[i], titles(table.iloc[i]), signs, places[i],
-                        model.origin.limit) for i, picture in enumerate(pictures)]
+                        model.origin.limit, backbone_seen(detector.config)) for i, picture in enumerate(pictures)]
 
 # %% ../../nbs/app/01_sdmad.ipynb #b483fe24
 @patch
@@ -304,6 +325,12 @@ def _metrics(found):  # from `lab.evaluation.evaluate` -> table
     each, ends = (found.get("findings", {}).get(key, {}) for key in ("auroc", "interval"))
     return _as_table(rows | {f"AUROC {name}": [value, *ends["auroc"][name]] for name, value in each.items()})
 
+# %% ../../nbs/app/01_sdmad.ipynb #5e140004
+def _by_chance(table, config):  # -> a warning, or none
+    names = [name for name in table.index[table.low <= 0.5] if "AUROC" in name]
+    return [f"warning: the interval of {', '.join(names)} does not lie above 50 %, which is chance: {_remedy(config)}"
+            ] * bool(names)
+
 # %% ../../nbs/app/01_sdmad.ipynb #daefdc29
 @patch
 @torch.no_grad()
@@ -324,11 +351,13 @@ def evaluate(
         margins = torch.cat([detector.margins(part).cpu() for part in features.batches()])
         said = replace(said, labels=margins >= calibration.threshold)
     found, _ = evaluate(truth, said, draws=draws)
+    notes = [*self.notes, *notes]
     notes += [f"the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's"
               for part in found.get("stands_for_all", [])]
     notes += [f"no tested image has {name!r}, which is therefore not measured" for name, count in
               zip(self.categories, truth.labels.sum(0)) if not count]
     table = _metrics(found)
+    notes += _by_chance(table, self.detector.config)
     if said.labels is not None:
         rates, counts = _at_decision(self.categories, truth.labels == 1, said.labels.numpy())
         table, notes = pd.concat([table, rates]), [*notes, *counts]
@@ -341,7 +370,7 @@ def save(self: SDMAD, path) -> Path:  # of the safetensors file
     "Write the model as one file."
     versions = {name: version(name) for name in ("sdmad_nb", "torch", "open_clip_torch")}
     origin = {name: sorted(part) if isinstance(part, frozenset) else part for name, part in asdict(self.origin).items()}
-    notes = {"origin": origin, "versions": versions,
+    notes = {"origin": origin, "versions": versions, "seen": backbone_seen(self.detector.config),
              "calibration": self.calibration and asdict(self.calibration)}
     return save(self.detector, path, notes)
 

@@ -65,7 +65,7 @@ def score_changes(
 def _panel_parts(fitted, model, image, finding):  # image, slice number -> HTML of scores and dropped signs, PNG bytes
     before, now, c = fitted.explain(*image), model.explain(*image), model.categories.index(finding)
     maps, titles = np.stack([before.maps[c], now.maps[c]]), [f"{finding}, as fitted", f"{finding}, now"]
-    figure, file = draw_maps(now.picture, maps, titles).flat[0].figure, BytesIO()
+    figure, file = draw_maps(now.picture, maps, titles, foot=now.foot).flat[0].figure, BytesIO()
     figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
     table = lambda frame, **options: frame.to_html(border=0, float_format="{:.3f}".format, **options)

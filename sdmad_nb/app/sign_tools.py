@@ -91,7 +91,7 @@ def frozen_signs(
     return SignDetector.fit(None, clip, chosen, Config())
 
 # %% ../../nbs/app/00_3_sign_tools.ipynb #fffb8d5a
-def _unseen(clip, text):  # -> the words that have a token whose vector is zero
+def unseen_words(clip, text):  # -> the words that have a token whose vector is zero
     special = set(clip.tokenizer([""])[0].tolist())  # start, end and padding
     def unseen(word):
         tokens = [token for token in clip.tokenizer([word])[0].tolist() if token not in special]
@@ -110,7 +110,8 @@ def sign_report(
     names, alone = [signs.categories[c] for c in signs.category], len(signs.categories) == 1
     pairs = [("", "") if alone else (signs.texts[i], names[i]) for i in nearest.tolist()]
     return pd.DataFrame({
-        "finding": names, "sign": signs.texts, "never seen": [_unseen(detector.clip, text) for text in signs.texts],
+        "finding": names, "sign": signs.texts,
+        "never seen": [unseen_words(detector.clip, text) for text in signs.texts],
         "nearest sign": [text for text, _ in pairs], "which is of": [name for _, name in pairs],
         "cosine": cosine.where(cosine.isfinite(), torch.nan).cpu(), "dropped": (~detector.keep).cpu()})
 
@@ -158,7 +159,7 @@ def describe_signs(detector, near=0.95):  # a cosine from which two signs are ne
         lines.append(f"{place:3}  {row['sign']:{width}}  {beside:>10}  {'; '.join(told)}".rstrip())
     prompts, anchor = sign_prompts(signs), normal_prompts(signs)
     for what, texts in (("prompt", [prompts[0][0], prompts[-1][-1]]), ("anchor", anchor)):
-        unseen = {word for text in texts for word in _unseen(clip, text)}
+        unseen = {word for text in texts for word in unseen_words(clip, text)}
         lines += ["", *(f"{what}: {' '.join(f'[{word}]' if word in unseen else word for word in text.split())}"
                         for text in texts)]
     return "\n".join([*lines, "",

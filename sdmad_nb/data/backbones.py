@@ -30,6 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ..core.clip import Clip, freeze_clip
 from ..core.config import Config, write_atomically
+from ..core.detector import _digest
 
 # %% ../../nbs/data/08_backbones.ipynb #ce4399f5
 def load_clip(
@@ -70,10 +71,12 @@ def save_demo_clip(
 ) -> Path:  # the file written, fp16
     "Store a packaged backbone."
     rows = torch.as_tensor(sorted(used_rows), dtype=torch.int32)
-    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    state = {key: value.cpu() for key, value in model.state_dict().items()}
+    state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     kept = state["token_embedding.weight"][rows.long()].contiguous()
     state |= {"token_embedding.weight": kept, "token_embedding.rows": rows}
     notes = {"config": json.dumps(config), "sources": sources}
+    notes["sha256"] = _digest(notes["config"], state)
     return write_atomically(path, lambda file: file.write_bytes(save(state, notes)))
 
 @timm.models.register_model
@@ -92,10 +95,15 @@ def sdmad_small(
 # %% ../../nbs/data/08_backbones.ipynb #6da47f8a
 _ASSETS = Path(str(files("sdmad_nb") / "assets"))
 _PACKAGED = ("demo", "small")
+_SHA256 = {"demo_clip.safetensors": "583589805d0717c907a769066c9c2911421e210dbb76cef3060aeec5274b3963",
+           "small_clip.safetensors": "c97b588874a7da86c7be88df451f755e22ac7f6a17f6e1e8152c87a89b6dab25"}
 
 def _read_packaged(path):  # -> configuration and state
-    with safe_open(path, "pt") as stored: config = json.loads(stored.metadata()["config"])
-    state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+    with safe_open(path, "pt") as stored: notes = stored.metadata()
+    config, state = json.loads(notes["config"]), load_file(path)
+    if notes.get("sha256", _SHA256.get(path.name)) != _digest(notes["config"], state):
+        raise ValueError("it was changed after it was written")
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     rows, kept = state.pop("token_embedding.rows"), state["token_embedding.weight"]
     whole = torch.zeros(config["text_cfg"]["vocab_size"], kept.shape[1])
     return config, state | {"token_embedding.weight": whole.index_copy_(0, rows.long(), kept)}
@@ -269,8 +277,9 @@ def list_backbones(
     wanted = [modality, "any medical", "general"] if modality else known
     return table[table.modality.isin(wanted)]
 
-def backbone_seen(clip) -> str:  # a `Clip`, or its name -> one sentence without its full stop, or ""
-    "Say what a backbone has seen."
-    table = list_backbones()
-    alone = table[(table.backbone != "") & (table.pretrained == "")].set_index("backbone").seen
-    return alone.get(getattr(clip, "name", clip), "")
+def backbone_seen(config: Config) -> str:  # one sentence, without its full stop
+    "Say which backbone a configuration names, and what that has seen."
+    table, name, weights = list_backbones(), config.backbone, config.pretrained
+    for row in table[(table.backbone == name) & (table.pretrained == weights)].itertuples(): return row.seen
+    if weights == "random": return f"The backbone {name} has seen nothing: its weights are random"
+    return f"What the backbone {name}{f' of {Path(weights).name}' * bool(weights)} has seen is not known here"
