@@ -26,7 +26,7 @@ from ..data.open_data import open_data
 from ..data.splits import Split, draw_split, hold_out, indices, read_split, write_split
 from ..data.support import join_findings, read_features, read_support
 from .evaluation import Truth, check_truth, evaluate
-from .records import code_fingerprint, digest, record_path, run_once
+from .records import code_fingerprint, json_digest, record_path, run_once
 from ..methods.registry import find_method
 
 # %% ../../nbs/lab/06_benchmark.ipynb #fb962363
@@ -130,11 +130,11 @@ def _identify(benchmark, method, config, split, folder):  # -> path of the recor
     prompts = [signs.object, signs.normal, signs.templates, [*signs.signs.items()]]  # what the prompts are made of
     identity = {"config": config_to_dict(config), "method": method.name, "data": dataset.name,
                 "labels": dataset_fingerprint(dataset), "pixels": dataset.content,
-                "signs": digest(prompts), "clip": benchmark.clip.fingerprint,
+                "signs": json_digest(prompts), "clip": benchmark.clip.fingerprint,
                 "masks": benchmark.masks, "draws": benchmark.draws,
-                "drawn": digest([split.train, split.test]), "code": code}
+                "drawn": json_digest([split.train, split.test]), "code": code}
     told = ["config", "labels", "masks", "draws", *["drawn"] * bool(benchmark.split)]
-    variant = digest([identity[name] for name in told])
+    variant = json_digest([identity[name] for name in told])
     return record_path(folder, dataset.name, method.name, config.shots, config.seed, variant), identity
 
 # %% ../../nbs/lab/06_benchmark.ipynb #debee92d
@@ -154,7 +154,7 @@ def _run(benchmark, method, seed, folder, known):  # -> record; `known`: the las
         missing = protocols - set(record["protocols"])
         protocols.update(record["protocols"])
         return not missing
-    same = digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
+    same = json_digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
     measure = lambda: _measure(benchmark, chosen, config, split, *known[tested], same, protocols)
     return run_once(path, identity, measure, holds)
 

@@ -43,7 +43,7 @@ def _make_record(path, identity, compute):  # writes it
     started, result = time.perf_counter(), compute()
     seconds = time.perf_counter() - started
     whole = _plain({"identity": sorted(identity), **identity, **result, "seconds": seconds})
-    whole["sha256"] = digest(whole)
+    whole["sha256"] = json_digest(whole)
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda there: there.write_text(text, encoding="utf-8"))
     line = "{:%Y-%m-%d %H:%M:%S} {:9.1f} s  {}\n".format(datetime.now(), seconds, path.stem)
@@ -54,7 +54,7 @@ def _read_record(path, identity):  # -> None where there is none for this identi
     if not path.exists(): return None
     try: record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error: return print(f"recomputing: {path} is damaged ({error})")
-    if not isinstance(record, dict) or record.pop("sha256", None) != digest(record):
+    if not isinstance(record, dict) or record.pop("sha256", None) != json_digest(record):
         return print(f"recomputing: {path} was changed after it was written, or is no record of this version")
     stored, wanted = ({".".join(name): value for name, value in flat(entries)} for entries in (
         {key: record.get(key) for key in record.get("identity") or ()}, _plain(identity)))
@@ -71,7 +71,7 @@ def flat(value, name=()):  # nested dicts and lists -> (name, value) of everythi
 def _plain(value):  # -> the same in JSON's types; TypeError where a part has none
     return json.loads(json.dumps(value, default=_as_json), parse_constant=lambda word: None)
 
-def digest(value):  # 16 hexadecimal digits of its JSON
+def json_digest(value):  # 16 hexadecimal digits of its JSON
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def _as_json(value):
@@ -106,7 +106,7 @@ def results_folder(
 # %% ../../nbs/lab/05_records.ipynb #662e2e13
 def record_path(folder, dataset, method, shots, seed, variant=""):  # variant: what else distinguishes it -> Path
     dataset_word, method_word = (re.sub(r"[^\w.+]+", "_", name).strip("_")[:80] for name in (dataset, method))
-    digits = digest([dataset, method, variant])[:6]
+    digits = json_digest([dataset, method, variant])[:6]
     return Path(folder) / f"{dataset_word}-{method_word}-k{shots}-s{seed}-{digits}.json"
 
 # %% ../../nbs/lab/05_records.ipynb #a62a61a4
@@ -128,4 +128,4 @@ def code_fingerprint(
     "Hash the code of modules and of all that they import from this package, without comments and docstrings."
     found = {}
     for module in modules: _code_behind(module, found)
-    return digest(found)
+    return json_digest(found)
