@@ -108,6 +108,7 @@ def _read_packaged(path):  # -> configuration and state
     whole = torch.zeros(config["text_cfg"]["vocab_size"], kept.shape[1])
     return config, state | {"token_embedding.weight": whole.index_copy_(0, rows.long(), kept)}
 
+# %% ../../nbs/data/08_backbones.ipynb #6da47f8b
 def load_demo_clip(
     weights=None,  # safetensors file; the demo's packaged one by default
     device="cpu",

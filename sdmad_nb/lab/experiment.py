@@ -142,6 +142,7 @@ def long_table(
     long = pd.DataFrame(rows).rename(columns={"data": "dataset"}).assign(setting=experiment.setting)
     return long.assign(title=long.method.map({name: method.title for name, method in find_methods().items()}))
 
+# %% ../../nbs/lab/09_experiment.ipynb #be691d75
 def write_results(
     experiment: Experiment,
     long: pd.DataFrame,  # from `long_table`
