@@ -1,10 +1,12 @@
-"Pictures that several processes read ahead are the right ones, whatever happens in between."
+"Pictures that are read ahead, and frozen values that are kept, are the right ones, whatever happens in between."
 import multiprocessing
+import resource
 
 import pytest
 import torch
 from PIL import Image
 
+from sdmad_nb.data.cache import Cache
 from sdmad_nb.data.support import FilesAhead
 
 
@@ -59,3 +61,13 @@ def test_a_batch_is_pinned_as_a_whole(ahead, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values + 100)
     assert batch(ahead, 0) == [*range(100, 110)]
+
+
+def test_a_cache_file_that_cannot_be_opened_just_now_stays(tmp_path):
+    cache = Cache(tmp_path)
+    cache.write("kind", ["a"], torch.ones(1, 2))
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))  # as if too many files were open
+    try: found = cache.read("kind", ["a"])
+    finally: resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+    assert found == [None] and cache.read("kind", ["a"])[0].tolist() == [1, 1]

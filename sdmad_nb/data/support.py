@@ -48,7 +48,7 @@ class FilesAhead(ImageFiles):
             shared = dict(num_workers=self.workers, prefetch_factor=16, multiprocessing_context="fork")
             self.stream, self.place, going = iter(DataLoader(files, None, sampler=rest, **shared)), start, True
         if not (in_order and going): return torch.stack([one(self[row]) for row in rows])
-        stream, self.stream = self.stream, None  # an interrupt in the middle of a batch must not leave it at another row
+        stream, self.stream = self.stream, None  # an interrupt inside of a batch must not leave it at another row
         found = [next(stream) for _ in rows]
         self.place += count
         if self.place < len(self): self.stream = stream  # else its processes end
