@@ -6,7 +6,7 @@ import sys
 from configparser import ConfigParser
 
 import pytest
-from conftest import ROOT, run
+from conftest import NOTEBOOKS, ROOT, run
 from readme import picture, readme
 
 config = ConfigParser(delimiters=["="])
@@ -64,8 +64,8 @@ def test_every_import_is_a_requirement():
 
 def test_progress_bars_are_text():
     "Bars of `tqdm.auto` become widgets in a notebook: unreadable in a saved one, and papermill shows nothing of them."
-    users = [module.name for module in (ROOT / "sdmad_nb").rglob("*.py")
-             if re.search(r"tqdm\.(auto|notebook|autonotebook)", module.read_text(encoding="utf-8"))]
+    users = [path.name for path in [*(ROOT / "sdmad_nb").rglob("*.py"), *NOTEBOOKS]
+             if re.search(r"tqdm\.(auto|notebook|autonotebook)", path.read_text(encoding="utf-8"))]
     assert not users, f"write `from tqdm import tqdm` in {users}"
 
 

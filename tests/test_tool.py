@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, safe_open, save_file
 
 from sdmad_nb import SDMAD, Config
-from sdmad_nb.app.command_line import shell
+from sdmad_nb.app.command_line import _going_on, _unfinished, shell
 from sdmad_nb.core.signs import write_signs
 from sdmad_nb.data.open_data import open_data
 
@@ -46,7 +47,8 @@ def fitted(tmp_path_factory):
     done = run(SDMAD_COMMAND, "fit", dataset.folder, "-o", folder / "mine.safetensors", "--shots", "1", "--epochs", "5",
                "--sensitivity", "0.8", "--backbone", "demo")
     assert done.returncode == 0, done.stderr
-    assert "learned Craniotomy" in done.stderr and done.stdout == "" and "has only ever seen synthetic heads" in done.stderr
+    assert "learned Craniotomy" in done.stderr and done.stdout == "" and "leave out" not in done.stderr, "no terminal, no bars"
+    assert "has only ever seen synthetic heads" in done.stderr
     return dataset, folder / "mine.safetensors"
 
 
@@ -238,11 +240,31 @@ def test_interrupted_it_leaves_no_file_and_goes_on_from_there(fitted, tmp_path, 
         assert said != 130 or ("goes on from there" in process.stderr.read() and not [*out.parent.iterdir()])
     [file] = tmp_path.glob("cache/predict/*")
     done = file.read_bytes().count(b"\n")
-    with file.open("a") as log: log.write('{"text": "half a line')
+    file.write_text("\n".join(["", *file.read_text().split("\n")[:0:-1], '{"0": {"text": "half a li', ""]))  # in any order
     again, whole = sdmad(*command, "-o", out), sdmad(*command)
     assert again.returncode == whole.returncode == 3 and f"going on after the first {4 * done} images" in again.stderr
     assert out.read_text() == whole.stdout and len(pd.read_csv(out)) == 400 and again.stderr.count("torn.png") == 1
     assert "going on" not in whole.stderr and not [*tmp_path.glob("cache/predict/*")], "what was finished is forgotten"
+
+
+def test_two_predictions_at_once_share_what_is_done(tmp_path):
+    "Whoever goes on after both takes each batch once, whoever has written it."
+    def tables(shown, size, calibrated, skipped, left_out, start, show):
+        for first in range(start * size, len(shown), size): yield pd.DataFrame({"image": [*shown[first:first + size]]})
+
+    def going(): return _going_on(SimpleNamespace(stream=tables), tmp_path / "it", "abcdefg", 2, False, None, [], None)
+
+    whole, first, second = [*going()], going(), going()  # seven images in four batches
+    assert [next(first), next(first)] == whole[:2] and [next(second) for _ in range(3)] == whole[:3]
+    assert next(first) == whole[2] and [*going()] == whole
+    assert [*first] == [*second] == whole[3:], "the file is gone"
+
+
+def test_other_versions_and_devices_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDMAD_CACHE", str(tmp_path))
+    names = {_unfinished([], SimpleNamespace(device=device, dtype="fp32"), []) for device in ("cpu", "cuda")}
+    monkeypatch.setattr("sdmad_nb.app.command_line.version", {"sdmad_nb": version("sdmad_nb"), "torch": "another"}.get)
+    assert len({*names, _unfinished([], SimpleNamespace(device="cpu", dtype="fp32"), [])}) == 3
 
 
 def test_a_sign_file_is_begun_filled_in_and_checked(fitted, tmp_path):

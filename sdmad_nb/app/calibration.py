@@ -39,7 +39,7 @@ def left_out_margins(
     with TemporaryDirectory() as folder:  # what is frozen is computed once for all fits
         clip = replace(support.features.clip, cache=Cache(folder))
         support = replace(support, features=Features(clip, support.features.images, support.features.rows))
-        for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False):
+        for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False, disable=None):
             detector = method.fit(support[rest], clip, signs, config)
             margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
     return margins

@@ -11,11 +11,12 @@ import json
 import os
 import re
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import is_dataclass
 from functools import partial
 from importlib.metadata import version
 from inspect import Parameter, Signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
@@ -165,7 +166,8 @@ def _predict(
         _tell(fitted.notes)
         shown, rest = list_images(images, fitted.reader, skipped)
         left_out = [f"{name} is no image" for name in rest]
-        file = _unfinished(shown, [Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps])
+        made_of = [Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps]
+        file = _unfinished(shown, fitted.detector.clip, made_of)
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
@@ -206,33 +208,35 @@ class _HeatMaps:
                         {number: one[c] for number, one in maps.items()}, self.model.origin.pixels.plane)
 
 # %% ../../nbs/app/02_command_line.ipynb #fb53081a
-def _unfinished(shown, made_of):  # -> file of what a command that was stopped has left
+def _unfinished(shown, clip, made_of):  # -> file of what a command that was stopped has left
     from sdmad_nb.data.cache import cache_folder
     stamp = lambda path: os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))
-    about = repr([[(*one, stamp(one.image)) for one in shown], version("sdmad_nb"), made_of])
+    made_of = [*made_of, *map(version, ("sdmad_nb", "torch")), clip.device, clip.dtype]
+    about = repr([[(*one, stamp(one.image)) for one in shown], made_of])
     return cache_folder("predict") / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.jsonl"
 
 def _going_on(model, file, shown, size, calibrated, skipped, left_out, maps):  # yields texts
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    lines = [line for line in lines if line.endswith("\n")][:max(0, len(shown) - 1) // size]
-    while maps and lines and shown[len(lines) * size].number: lines.pop()
-    kept = [json.loads(line) for line in lines]
-    if not any(one["text"] for one in kept): lines = kept = []  # the first table brings the header
-    file.write_text("".join(lines), encoding="utf-8")
+    found, last = {}, max(0, len(shown) - 1) // size
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        with suppress(ValueError, TypeError): found |= json.loads(line)  # {number of a batch: what it has given}
+    kept = [*takewhile(bool, map(found.get, map(str, range(last))))]
+    while maps and kept and shown[len(kept) * size].number: kept.pop()
+    if not any(one["text"] for one in kept): kept = []  # the first table brings the header
     if kept: print(f"going on after the first {len(kept) * size} images, which are done")
     for one in kept:
         left_out += one["left_out"]
         if skipped is not None: skipped += one["skipped"]
         yield one["text"]
-    with file.open("a", encoding="utf-8") as log:
+    with file.open("ab", buffering=0) as log:
         header, told = not kept, (len(skipped or ()), len(left_out))
-        for table in model.stream(shown, size, calibrated, skipped, left_out, len(kept), maps):
+        tables = model.stream(shown, size, calibrated, skipped, left_out, len(kept), maps)
+        for number, table in enumerate(tables, len(kept)):
             text, new = _as_csv(table, header), dict(skipped=(skipped or [])[told[0]:], left_out=left_out[told[1]:])
-            print(json.dumps({"text": text, **new}), file=log, flush=True)
+            log.write(f"\n{json.dumps({number: {'text': text, **new}})}".encode())
             yield text
             header, told = header and not text, (len(skipped or ()), len(left_out))
     if maps: maps.finish()
-    file.unlink()
+    file.unlink(missing_ok=True)
 
 # %% ../../nbs/app/02_command_line.ipynb #8f2738f5
 @_command

@@ -394,7 +394,8 @@ def load(
         faults = schema_faults(error) if isinstance(error, ValidationError) else [str(error)]
         raise InputError(f"{path} is not a model of this project, or is damaged", faults) from error
     pretrained, where = pretrained or config.pretrained, resolve_device(device)
-    try: clip = load_clip(backbone or config.backbone, pretrained, config.image_size, where, config.precision)
+    precision = "fp32" if config.precision == "fp32" else "auto"
+    try: clip = load_clip(backbone or config.backbone, pretrained, config.image_size, where, precision)
     except ValueError as error: raise ValueError(f"model {path} cannot be used: {error}") from error
     return cls(load_detector(path, clip, header), origin, calibration)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def cache_folder(*parts: str) -> Path:  # made if it is not there; PermissionErr
     return folder
 
 # %% ../../nbs/data/00_0_cache.ipynb #3d497475
-def _checksum(key, value):  # name and tensor of one image
-    said = f"{key} {value.dtype} {tuple(value.shape)}".encode()
+def _checksum(kind, key, value):  # what was computed; name and tensor of one image
+    said = f"{kind} {key} {value.dtype} {tuple(value.shape)}".encode()
     return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(said))
 
 # %% ../../nbs/data/00_0_cache.ipynb #c64c1b1e
@@ -51,7 +52,7 @@ class Cache:
     "Keep frozen values in files of one batch each."
     def __init__(self, folder, limit_gb: float = 50):  # beyond the limit the oldest files make room
         self.root, self.limit = Path(folder), 1e9 * limit_gb
-        self.folder, self.places, self.used = self.root / f"torch-{torch.__version__}", {}, None
+        self.folder, self.places, self.used = self.root / f"2-torch-{torch.__version__}", {}, None
 
     def read(self, kind: str, keys) -> list:  # a tensor for each key; None where there is no sound one
         places = self.places.setdefault(kind, {})
@@ -59,12 +60,13 @@ class Cache:
         for file in sorted(files - {file for file, _ in places.values()}):
             found = _open(file, lambda _, rows: {key: row for row, (key, _) in enumerate(rows)}) or {}
             places.update({key: (file, row) for key, row in found.items()})
-        return [_open(places[key][0], partial(_value, key, places[key][1])) if key in places else None for key in keys]
+        return [_open(places[key][0], partial(_value, kind, key, places[key][1])) if key in places else None
+                for key in keys]
 
     def write(self, kind: str, keys, values: torch.Tensor):  # (B, ...); ValueError where a value is not finite
         if not values.isfinite().all():
             raise ValueError(f"the backbone gives values that are not finite ({kind}): get its weights again")
-        rows = [[key, _checksum(key, value)] for key, value in zip(keys, values, strict=True)]
+        rows = [[key, _checksum(kind, key, value)] for key, value in zip(keys, values, strict=True)]
         data = save({"value": values.contiguous()}, {"rows": json.dumps(rows)})
         name = hashlib.sha256(json.dumps(list(keys)).encode()).hexdigest()[:32]
         file = write_atomically(self.folder / kind / f"{name}.safetensors", lambda path: path.write_bytes(data))
@@ -75,20 +77,23 @@ class Cache:
 def _open(file, look):  # function of the open file and its [[key, checksum], ...] -> what it gives, None for a fault
     try:
         with safe_open(file, "pt") as stored: return look(stored, json.loads(stored.metadata()["rows"]))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError):
-        if file.exists(): print(f"cache file {file.parent.name}/{file.name} is damaged: computing what it holds again")
-        file.unlink(missing_ok=True)
+    except OSError: return None  # it is gone, or cannot be opened
+    except (SafetensorError, KeyError, TypeError, ValueError, IndexError):
+        print(f"cache file {file.parent.name}/{file.name} is damaged: computing what it holds again")
+        with suppress(OSError): file.unlink()  # in a folder that can only be read it stays
 
-def _value(key, row, stored, rows):
+def _value(kind, key, row, stored, rows):
     value = stored.get_slice("value")[row]
-    if rows[row] == [key, _checksum(key, value)]: return value
+    if rows[row] == [key, _checksum(kind, key, value)]: return value
     raise ValueError(f"{key} has another checksum")
 
 @patch
 def _make_room(self: Cache, size):
     self.used = None if self.used is None else self.used + size
     if self.used is not None and self.used <= self.limit: return
-    found = [(file.stat(), file) for file in self.root.rglob("[!.]*.safetensors")]
+    found = []
+    for file in self.root.rglob("[!.]*.safetensors"):
+        with suppress(FileNotFoundError): found.append((file.stat(), file))  # another process may have removed it
     self.used = sum(about.st_size for about, _ in found)
     if self.used <= self.limit: return
     for about, file in sorted(found, key=lambda pair: pair[0].st_mtime):

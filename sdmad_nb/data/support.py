@@ -6,6 +6,7 @@
 __all__ = ['read_features', 'FilesAhead', 'read_masks', 'read_support', 'join_findings']
 
 # %% ../../nbs/data/09_support.ipynb #79c31ace
+import multiprocessing
 import os
 import sys
 from dataclasses import replace
@@ -35,22 +36,27 @@ class FilesAhead(ImageFiles):
     "Read image files as RGB pictures, and prepare them for a backbone in several processes."
     workers = min(8, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
     stream, place = None, 0  # an iterator, and the row that it gives next
+    last = None, None  # the batch that it has given last: what was asked for, and the values
 
     def prepare(self, rows, one) -> torch.Tensor:  # function of a picture -> (B, 3, H, H); DataError
+        if (rows, one) == self.last[0]: return self.last[1]
         start, count = rows[0], len(rows)
         in_order, going = rows == list(range(start, start + count)), self.stream is not None and self.place == start
-        if in_order and not going and self.workers > 1 and len(self) - start >= max(64, 2 * count):
+        many = self.workers > 1 and len(self) - start >= max(64, 2 * count)
+        if in_order and not going and many and not multiprocessing.current_process().daemon:
             files, rest = _Prepared(ImageFiles(self.files, self.reader.pixels), one), range(start, len(self))
             shared = dict(num_workers=self.workers, prefetch_factor=16, multiprocessing_context="fork")
-            loader = DataLoader(files, None, sampler=rest, pin_memory=torch.cuda.is_available(), **shared)
-            self.stream, self.place, going = iter(loader), start, True
-        ahead = in_order and going
-        found = [next(self.stream) if ahead else one(self[row]) for row in rows]
-        self.place += count * ahead
-        if self.place == len(self): self.stream = None  # its processes end
+            self.stream, self.place, going = iter(DataLoader(files, None, sampler=rest, **shared)), start, True
+        if not (in_order and going): return torch.stack([one(self[row]) for row in rows])
+        stream, self.stream = self.stream, None  # an interrupt inside of a batch must not leave it at another row
+        found = [next(stream) for _ in rows]
+        self.place += count
+        if self.place < len(self): self.stream = stream  # else its processes end
         for value in found:
             if isinstance(value, Exception): raise value
-        return torch.stack(found)
+        batch = torch.stack(found)
+        self.last = (rows, one), batch.pin_memory() if torch.cuda.is_available() else batch
+        return self.last[1]
 
 class _Prepared:  # what the processes share; a fault travels as a value, or its message would be a traceback
     def __init__(self, pictures, one): self.pictures, self.one = pictures, one
