@@ -166,12 +166,12 @@ def _predict(
         _tell(fitted.notes)
         shown, rest = list_images(images, fitted.reader, skipped)
         left_out = [f"{name} is no image" for name in rest]
-        made_of = [Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps]
+        made_of = Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps
         file = _unfinished(shown, fitted.detector.clip, made_of)
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
-    for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
-    for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
+    told = [*(f"left out: {sentence}" for sentence in left_out), *(f"skipped: {sentence}" for sentence in skipped or ())]
+    for sentence in told: print(sentence, file=sys.stderr)
     if Path(output).is_file(): _write_origin(fitted, model, output)
     if skipped: raise Exit(3)
 

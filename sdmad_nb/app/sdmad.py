@@ -345,19 +345,18 @@ def evaluate(
     calibration, dataset = _decides(self, calibrated), _open_tests(data, self.detector, self.origin)
     truth, notes = _tested(dataset, self.origin)
     if maps: self.check_maps(), check_truth(truth, ["pixels"])
-    features, detector = read_features(dataset, truth.rows, self.detector.clip), self.detector
-    said = predict(detector, features, maps=maps)
+    features = read_features(dataset, truth.rows, self.detector.clip)
+    said = predict(self.detector, features, maps=maps)
     if calibration:
-        margins = torch.cat([detector.margins(part).cpu() for part in features.batches()])
+        margins = torch.cat([self.detector.margins(part).cpu() for part in features.batches()])
         said = replace(said, labels=margins >= calibration.threshold)
     found, _ = evaluate(truth, said, draws=draws)
-    notes = [*self.notes, *notes]
+    table = _metrics(found)
+    notes = [*self.notes, *notes, *_by_chance(table, self.detector.config)]
     notes += [f"the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's"
               for part in found.get("stands_for_all", [])]
     notes += [f"no tested image has {name!r}, which is therefore not measured" for name, count in
               zip(self.categories, truth.labels.sum(0)) if not count]
-    table = _metrics(found)
-    notes += _by_chance(table, self.detector.config)
     if said.labels is not None:
         rates, counts = _at_decision(self.categories, truth.labels == 1, said.labels.numpy())
         table, notes = pd.concat([table, rates]), [*notes, *counts]

@@ -58,6 +58,7 @@ class FilesAhead(ImageFiles):
         self.last = (rows, one), batch.pin_memory() if torch.cuda.is_available() else batch
         return self.last[1]
 
+# %% ../../nbs/data/09_support.ipynb #f89b6987
 class _Prepared:  # what the processes share; a fault travels as a value, or its message would be a traceback
     def __init__(self, pictures, one): self.pictures, self.one = pictures, one
     def __getitem__(self, row):
