@@ -170,12 +170,15 @@ def _predict(
         file = _unfinished(shown, fitted.detector.clip, made_of)
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
-    told = [*(f"left out: {sentence}" for sentence in left_out), *(f"skipped: {sentence}" for sentence in skipped or ())]
-    for sentence in told: print(sentence, file=sys.stderr)
     if Path(output).is_file(): _write_origin(fitted, model, output)
-    if skipped: raise Exit(3)
+    _report(left_out, skipped)
 
 # %% ../../nbs/app/02_command_line.ipynb #5e140006
+def _report(left_out, skipped):  # sentences, or None
+    for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
+    for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
+    if skipped: raise Exit(3)
+
 def _write_origin(fitted, model, output):  # beside a table
     config, (seen, *notes) = fitted.detector.config, fitted.notes
     said = {"model": Path(model).name, "sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(),

@@ -350,8 +350,7 @@ def evaluate(
     if calibration:
         margins = torch.cat([self.detector.margins(part).cpu() for part in features.batches()])
         said = replace(said, labels=margins >= calibration.threshold)
-    found, _ = evaluate(truth, said, draws=draws)
-    table = _metrics(found)
+    table = _metrics(found := evaluate(truth, said, draws=draws)[0])
     notes = [*self.notes, *notes, *_by_chance(table, self.detector.config)]
     notes += [f"the method gives one {'map' if 'map' in part else 'score'}, which stands for each finding's"
               for part in found.get("stands_for_all", [])]
