@@ -62,7 +62,7 @@ fusion: $(STAMP)
 
 # A picture for a screen, where the one for print has several megabytes
 SMALLER = $(BIN)/python -c 'import sys; from PIL import Image; picture = Image.open(sys.argv[1]); \
-	picture.thumbnail((1700, 1700)); picture.save(sys.argv[2])'
+	picture.thumbnail((1500, 1500)); picture.convert("RGB").quantize(200).save(sys.argv[2])'
 
 # The tables and pictures of the README and of the results page: made from the records of these runs, never typed
 BESIDE = parts beyond decisions losses calibration
