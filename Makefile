@@ -69,13 +69,12 @@ BESIDE = parts beyond decisions losses
 SMALL = table1 table2 table3 fusion_table1 fusion_table2 fusion_table3
 PICTURES = fig1/demo-slice5:fig1 fig3/demo-slice5:fig3 fig4/demo-slice5-signs:fig4-signs \
 	fig4/demo-slice5-where:fig4-where table1/demo-slice5-maps:table1-maps table2/demo-slice5:table2 \
-	table2/demo-slice5-images:table2-images decisions/decisions:decisions \
-	fusion_fig5/demo-slice5:fusion-fig5 fusion_fig7/demo-slice5-responses:fusion-fig7
+	table2/demo-slice5-images:table2-images decisions/decisions:decisions
 figures: tables fusion
 	for name in $(BESIDE); do $(RUN) nbs/run_$$name.ipynb || exit 1; done
 	for name in $(SMALL); do $(RUN) nbs/run_$$name.ipynb -p backbone small -p results results/small || exit 1; done
 	mkdir -p nbs/figures
-	for name in table1 table2 table3 fusion_table1 fusion_table2 fusion_table3 fusion_fig7 $(BESIDE); do \
+	for name in table1 table2 table3 fusion_table1 fusion_table2 fusion_table3 $(BESIDE); do \
 	  cp results/$$name/table.md nbs/figures/$$(echo $$name | tr _ -).md || exit 1; done
 	for name in $(SMALL); do cp results/small/$$name/table.md nbs/figures/$$(echo $$name | tr _ -)-small.md || exit 1; done
 	for name in findings goals differences ridge; do \
