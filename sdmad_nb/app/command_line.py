@@ -171,10 +171,10 @@ def _predict(
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
     if Path(output).is_file(): _write_origin(fitted, model, output)
-    _report(left_out, skipped)
+    _name_missing(left_out, skipped)
 
 # %% ../../nbs/app/02_command_line.ipynb #5e140006
-def _report(left_out, skipped):  # sentences, or None
+def _name_missing(left_out, skipped):  # sentences, or None
     for sentence in left_out: print(f"left out: {sentence}", file=sys.stderr)
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     if skipped: raise Exit(3)

@@ -256,8 +256,9 @@ def _explain(model, detector, pictures, features, table):  # of B images -> B of
     found = (said.anomaly_map[:, None] if one else said.finding_maps).numpy()  # (B, n, h, w)
     signs = tuple(np.array(detector.signs.texts)[detector.keep.cpu()].tolist()) if reads else ()
     places = detector.sign_maps(features).cpu().numpy() if reads else [None] * len(found)
+    limit, foot = model.origin.limit, backbone_seen(detector.config)
     return [Explanation(np.asarray(picture), table.iloc[[i]], found[i], titles(table.iloc[i]), signs, places[i],
-                        model.origin.limit, backbone_seen(detector.config)) for i, picture in enumerate(pictures)]
+                        limit, foot) for i, picture in enumerate(pictures)]
 
 # %% ../../nbs/app/01_sdmad.ipynb #b483fe24
 @patch

@@ -161,9 +161,9 @@ def _run(benchmark, method, seed, folder, known):  # -> record; `known`: the las
 # %% ../../nbs/lab/06_benchmark.ipynb #2e952c29
 _READS = ("selection", "reading", "ridge")  # choices that the training of SD-MAD does not know
 
-def _fit(method, support, clip, signs, config, trained, same, **oracle):  # -> detector
+def _train_once(method, support, clip, signs, config, trained, same, **oracle):  # -> detector
     if method.detector is not AdaptedDetector: return method.fit(support, clip, signs, config, **oracle)
-    if same not in trained: trained[same] = method.fit(support, clip, signs, config)
+    if same not in trained: return trained.setdefault(same, method.fit(support, clip, signs, config))
     detector = AdaptedDetector(clip, signs, config)
     detector.method, detector.adapters, detector.history = method.name, trained[same].adapters, trained[same].history
     return detector.read_signs().read_shots(support)
@@ -173,7 +173,7 @@ def _measure(benchmark, method, config, split, truth, trained, same, protocols):
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}
     support = read_support(dataset, learned, clip, benchmark.masks)
-    detector = _fit(method, support, clip, benchmark.signs, config, trained, same, **oracle)
+    detector = _train_once(method, support, clip, benchmark.signs, config, trained, same, **oracle)
     maps = bool({"pixels", "places"} & protocols)
     prediction = predict(detector, read_features(dataset, tested, clip), maps=maps)
     metrics, resampled = evaluate(truth, prediction, sorted(protocols), benchmark.draws)
