@@ -71,6 +71,14 @@ def test_lines_are_short():
     assert not long, f"more than 120 characters: {long}"
 
 
+def test_lines_of_notebooks_are_short():
+    "In code and in prose alike, rows of tables aside."
+    long = [f"{path.relative_to(ROOT)}, cell {number}" for path in sorted((ROOT / "nbs").rglob("*.ipynb"))
+            for number, cell in enumerate(nbformat.read(path, 4).cells)
+            for line in cell.source.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long, f"more than 120 characters: {long}"
+
+
 def test_functions_have_few_parameters():
     "Ten at most, those of the notebooks' parameter cells aside."
     wide = []

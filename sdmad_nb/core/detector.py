@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
                                 text_features)
-from .config import LAYER_PRESETS, Config, config_to_dict, resolve_layers, torch_generator, write_atomically
+from .config import Config, config_to_dict, resolve_layers, torch_generator, write_atomically
 from .decisions import shot_thresholds, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
 from .scores import anomaly_score, category_margins, category_scores, predict_categories, sign_margins
@@ -325,9 +325,8 @@ def read_header(
 # %% ../../nbs/core/07_detector.ipynb #c4ec0001
 @patch
 def check(self: Detector):  # ValueError where a kept tensor has another type or shape
-    layers = LAYER_PRESETS.get(self.config.layers, self.config.layers)
     sizes = {"C": len(self.signs.categories), "C+1": len(self.signs.categories) + 1, "S": len(self.signs.texts),
-             "D": self.clip.joint, "W": self.clip.image.width, "L": len(layers), "paths": len(self.config.paths)}
+             "D": self.clip.joint, "W": self.clip.image.width, "L": len(self.blocks), "paths": len(self.config.paths)}
     size = lambda word, found: int(word) if word.isdigit() else sizes.setdefault(word, found)
     for name, shapes in self.kept.items():
         value, kind = getattr(self, name), torch.bool if "bool" in shapes else torch.float32

@@ -124,11 +124,13 @@ def winners_summary(
 
 # %% ../../nbs/lab/07_tables.ipynb #6ce0ea0b
 def significance_summary(compared: pd.DataFrame) -> str:  # one sentence; from `compare_methods`
-    "Say how many differences are significant after correction."
+    "Say how many differences are significant after correction, and which, pair by pair."
     if "corrected" not in compared: return "A single seed on a single data set tests no difference."
     tested = compared[compared.corrected.notna()]
     sure = tested[tested.corrected < 0.05]
-    named = "; ".join(f"{': '.join(row.Index)} ({row.mean:+.1f})" for row in sure.itertuples())
+    told = {pair: ", ".join(f"{name} {gain:+.1f}" for (name, _), gain in part["mean"].items())
+            for pair, part in sure.groupby(level=1, sort=False)}
+    named = "; ".join(f"{pair} ({gains})" for pair, gains in told.items())
     return (f"Of {len(tested)} tested differences {len(sure) or 'none'} {'is' if len(sure) == 1 else 'are'} below 5 % "
             f"after correction{f': {named}' * bool(named)}.")
 
