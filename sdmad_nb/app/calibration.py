@@ -30,6 +30,7 @@ def left_out_margins(
     signs: SignSet,
     config: Config,
     folds: int = 0,  # parts that are left out in turn; 0 leaves out one shot at a time
+    fit=None,  # in the place of `method.fit`, for what several methods can share
 ) -> np.ndarray:  # (N, C); ValueError where there are too few shots, or the method gives no scores
     "Score every shot by a detector that has not seen it."
     count, margins = len(support), np.empty(support.labels.shape)
@@ -40,7 +41,7 @@ def left_out_margins(
         clip = replace(support.features.clip, cache=Cache(folder))
         support = replace(support, features=Features(clip, support.features.images, support.features.rows))
         for rows, rest in tqdm([*zip(parts, others)], desc="leave out", unit="fit", leave=False, disable=None):
-            detector = method.fit(support[rest], clip, signs, config)
+            detector = (fit or method.fit)(support[rest], clip, signs, config)
             margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
     return margins
 

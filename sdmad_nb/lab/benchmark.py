@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..core.clip import Clip
 from ..core.config import Config, config_to_dict, resolve_device, resolve_layers
-from ..core.detector import AdaptedDetector, predict
+from ..core.detector import predict
 from ..core.signs import SignSet, restrict
 from ..data.backbones import load_clip, resolve_backbone
 from ..data.cache import Cache, cache_folder
@@ -28,6 +28,7 @@ from ..data.support import join_findings, read_features, read_support
 from .evaluation import Truth, check_truth, evaluate
 from .records import code_fingerprint, json_digest, record_path, run_once
 from ..methods.registry import find_method
+from ..methods.sd_mad import fit_once
 
 # %% ../../nbs/lab/06_benchmark.ipynb #fb962363
 @dataclass(frozen=True, eq=False)
@@ -154,26 +155,17 @@ def _run(benchmark, method, seed, folder, known):  # -> record; `known`: the las
         missing = protocols - set(record["protocols"])
         protocols.update(record["protocols"])
         return not missing
-    same = json_digest({**identity, "method": "", "config": {**identity["config"], **dict.fromkeys(_READS)}})
-    measure = lambda: _measure(benchmark, chosen, config, split, *known[tested], same, protocols)
+    shots = json_digest({**identity, "method": "", "config": ""})  # all that is learned from
+    measure = lambda: _measure(benchmark, chosen, config, split, *known[tested], shots, protocols)
     return run_once(path, identity, measure, holds)
 
 # %% ../../nbs/lab/06_benchmark.ipynb #2e952c29
-_READS = ("selection", "reading", "ridge")  # choices that the training of SD-MAD does not know
-
-def _train_once(method, support, clip, signs, config, trained, same, **oracle):  # -> detector
-    if method.detector is not AdaptedDetector: return method.fit(support, clip, signs, config, **oracle)
-    if same not in trained: return trained.setdefault(same, method.fit(support, clip, signs, config))
-    detector = AdaptedDetector(clip, signs, config)
-    detector.method, detector.adapters, detector.history = method.name, trained[same].adapters, trained[same].history
-    return detector.read_signs().read_shots(support)
-
-def _measure(benchmark, method, config, split, truth, trained, same, protocols):  # -> what a record adds
+def _measure(benchmark, method, config, split, truth, trained, shots, protocols):  # -> what a record adds
     dataset, clip = benchmark.dataset, benchmark.clip
     learned, tested = indices(dataset, split.train), indices(dataset, split.test)
     oracle = {"test": read_support(dataset, tested, clip)} if method.oracle else {}
     support = read_support(dataset, learned, clip, benchmark.masks)
-    detector = _train_once(method, support, clip, benchmark.signs, config, trained, same, **oracle)
+    detector = fit_once(method, support, clip, benchmark.signs, config, shots, trained, **oracle)
     maps = bool({"pixels", "places"} & protocols)
     prediction = predict(detector, read_features(dataset, tested, clip), maps=maps)
     metrics, resampled = evaluate(truth, prediction, sorted(protocols), benchmark.draws)
