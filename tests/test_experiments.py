@@ -46,6 +46,8 @@ def test_experiment_is_ready_for_papermill(notebook):
     assert len(tagged) == 1, "papermill silently runs the defaults unless exactly one cell has the tag `parameters`"
     for line in tagged[0].source.splitlines():
         assert line.count("=") <= 1, f"one `=` a line, or `papermill --help-notebook` loses the parameter: {line}"
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    if "experiment.run(" in code: assert re.search(r"open_experiment\([^)]*\bjobs\)", code), "runs can be shared"
     assert "- skip_exec: true" in cells[0].source.splitlines(), "the first cell lacks the line `- skip_exec: true`"
     if not notebook.name.startswith("run_"): return  # train_demo_clip keeps the outputs of the run that made the weights
     with_output = [cell.id for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)]

@@ -18,8 +18,9 @@ from sdmad_nb import SDMAD, Config
 from sdmad_nb.app.command_line import shell
 from sdmad_nb.app.pictures import to_picture
 from sdmad_nb.data.folder import read_dataset
-from sdmad_nb.data.images import ImageReader, Pixels, load_rgb
+from sdmad_nb.data.images import DataError, ImageReader, Pixels, load_rgb
 from sdmad_nb.data.open_data import open_data
+from sdmad_nb.data.support import FilesAhead
 from sdmad_nb.data.writer import read_preparation
 
 Y, X = np.mgrid[:96, :96]
@@ -88,6 +89,46 @@ def test_a_volume_is_predicted_slice_by_slice_and_its_maps_come_back_in_its_geom
     scan, made = nibabel.load(tmp_path / "head.nii.gz"), nibabel.load(maps / "head-Craniotomy.nii.gz")
     assert made.shape == scan.shape and np.array_equal(made.affine, scan.affine) and np.isfinite(made.get_fdata()).all()
     assert (maps / "0007-head_007.png").is_file()
+
+
+def many_files(folder):  # pictures and scans, of which one is cut off
+    for seed in range(72):
+        path = folder / f"{seed:02}.{('png', 'jpg', 'dcm')[seed % 3]}"
+        if seed % 3 == 2: write_scan(path, seed)
+        else: Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 24), np.uint8)).save(path)
+    (folder / "40.jpg").write_bytes((folder / "40.jpg").read_bytes()[:200])
+    return folder
+
+
+def many_slices(folder):  # of which five are empty
+    values = np.random.default_rng(0).random((20, 24, 72), np.float32)
+    values[..., 40:45] = 0
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "volume.nii.gz")
+    return folder
+
+
+def many_arrays(folder): return [*np.random.default_rng(0).integers(0, 255, (72, 20, 24), np.uint8)]
+
+
+@pytest.mark.parametrize("make, here", [(many_files, 0), (many_slices, 0), (many_arrays, 72)])
+def test_images_that_other_processes_read_are_the_same(fitted, tmp_path, monkeypatch, make, here):
+    "In the same order, and with the same sentences; what is in memory already is prepared where it is."
+    def as_table(model, batch, *_):
+        return pd.DataFrame([(one.name, one.number, pixels.numpy().tobytes()) for _, one, _, pixels in batch])
+
+    def predict(workers):  # -> table, number of images that this process has read
+        monkeypatch.setattr(FilesAhead, "workers", workers), read.clear()
+        return model.predict(images, 10, skip_bad=True), len(read)
+
+    model, images, read = SDMAD.load(fitted[1]), make(tmp_path), []
+    monkeypatch.setattr("sdmad_nb.app.sdmad._predict_batch", as_table)
+    monkeypatch.setattr("sdmad_nb.app.sdmad.to_picture", lambda *given: read.append(given) or to_picture(*given))
+    (alone, counted), (ahead, counted_ahead) = predict(0), predict(2)
+    assert ahead.equals(alone) and ahead.attrs == alone.attrs and (counted, counted_ahead) == (72, here)
+    assert len(alone) + sum(map(len, alone.attrs.values())) == 72
+    if make is not many_files: return
+    assert "40.jpg" in ahead.attrs["skipped"][0]
+    with pytest.raises(DataError, match="40.jpg"): model.predict(images)
 
 
 def test_one_odd_file_does_not_stop_a_folder(tmp_path, capsys):

@@ -1,13 +1,18 @@
 "Pictures that are read ahead, and frozen values that are kept, are the right ones, whatever happens in between."
+import errno
 import multiprocessing
+import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from sdmad_nb.core.config import write_atomically
 from sdmad_nb.data.cache import Cache
 from sdmad_nb.data.support import FilesAhead
+from sdmad_nb.lab.records import run_once
 
 
 @pytest.fixture
@@ -71,3 +76,31 @@ def test_a_cache_file_that_cannot_be_opened_just_now_stays(tmp_path):
     try: found = cache.read("kind", ["a"])
     finally: resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
     assert found == [None] and cache.read("kind", ["a"])[0].tolist() == [1, 1]
+
+
+def write_half(path, data, *_, **options):  # and then the disk is full
+    with open(path, "w" if isinstance(data, str) else "wb") as file: file.write(data[:len(data) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_file(folder): return write_atomically(folder / "a.txt", lambda path: path.write_text("new")).read_text()
+
+
+def keep_values(folder):
+    Cache(folder).write("kind", ["a"], torch.ones(1, 2))
+    return Cache(folder).read("kind", ["a"])[0].tolist()
+
+
+def make_record(folder): return run_once(folder / "a.json", {"seed": 0}, lambda: {"metrics": {"x": 1}})["metrics"]
+
+
+@pytest.mark.parametrize("work, gives", [(write_file, "new"), (keep_values, [1, 1]), (make_record, {"x": 1})])
+def test_a_full_disk_ends_in_a_sentence_and_the_next_run_makes_up_for_it(work, gives, tmp_path, monkeypatch):
+    for name in ("a.txt", "a.json"): (tmp_path / name).write_text("old")
+    files = lambda: {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"}
+    before, says = files(), r"^cannot write \S+ \(No space left on device\): free some space there, .* run again.*$"
+    with monkeypatch.context() as full:
+        for name in ("write_text", "write_bytes"): full.setattr(Path, name, write_half)
+        with pytest.raises(OSError, match=says): work(tmp_path)
+    assert files() == before, "nothing is half-written, and what was there is whole"
+    assert work(tmp_path) == gives

@@ -1,4 +1,5 @@
 "The shell command and the five lines of Python, as somebody uses them who has not read the library."
+import hashlib
 import io
 import json
 import os
@@ -112,6 +113,20 @@ def test_what_the_backbone_has_seen_goes_with_everything(fitted, tmp_path):
         assert (large in done.stderr) == warned
     done = sdmad("evaluate", tmp_path / "x.safetensors", dataset.folder)  # no image is looked at
     assert re.search(f"warning: the interval of .*abnormal AUROC.* does not lie above 50 %.*{large}", done.stderr), done.stderr
+
+
+def test_the_model_that_is_named_beside_a_table_has_made_it(fitted, tmp_path, monkeypatch):
+    "Its file may have been replaced in the meantime."
+    def replaced(*given):
+        yield from _going_on(*given)
+        model.write_bytes(b"another model")
+
+    dataset, model = fitted[0], tmp_path / "mine.safetensors"
+    shutil.copy(fitted[1], model)
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    monkeypatch.setattr("sdmad_nb.app.command_line._going_on", replaced)
+    done = sdmad("predict", model, dataset.path(0), "-o", tmp_path / "out.csv")
+    assert done.returncode == 0 and json.loads((tmp_path / "out.csv.json").read_text())["sha256"] == digest, done.stderr
 
 
 def test_methods_are_listed(fitted):

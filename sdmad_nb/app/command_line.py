@@ -166,11 +166,11 @@ def _predict(
         _tell(fitted.notes)
         shown, rest = list_images(images, fitted.reader, skipped)
         left_out = [f"{name} is no image" for name in rest]
-        made_of = Path(model).read_bytes(), batch_size, skip_bad, calibrated, heatmaps
-        file = _unfinished(shown, fitted.detector.clip, made_of)
+        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
+        file = _unfinished(shown, fitted.detector.clip, [digest, batch_size, skip_bad, calibrated, heatmaps])
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)
-    if Path(output).is_file(): _write_origin(fitted, model, output)
+    if Path(output).is_file(): _write_origin(fitted, model, digest, output)
     _name_missing(left_out, skipped)
 
 # %% ../../nbs/app/02_command_line.ipynb #5e140006
@@ -179,9 +179,9 @@ def _name_missing(left_out, skipped):  # sentences, or None
     for sentence in skipped or (): print(f"skipped: {sentence}", file=sys.stderr)
     if skipped: raise Exit(3)
 
-def _write_origin(fitted, model, output):  # beside a table
+def _write_origin(fitted, model, digest, output):  # beside a table
     config, (seen, *notes) = fitted.detector.config, fitted.notes
-    said = {"model": Path(model).name, "sha256": hashlib.sha256(Path(model).read_bytes()).hexdigest(),
+    said = {"model": Path(model).name, "sha256": digest,
             "method": fitted.method.name, "findings": fitted.categories, "backbone": config.backbone,
             "pretrained": Path(config.pretrained).name, "seen": seen, "notes": notes}
     _write_texts([json.dumps(said, indent=1, ensure_ascii=False), "\n"], f"{output}.json")

@@ -40,7 +40,7 @@ from ..data.folder import read_dataset
 from ..data.images import DataError, ImageReader, Pixels
 from ..data.open_data import open_data
 from ..data.splits import draw_split, indices
-from ..data.support import read_features, read_support
+from ..data.support import FilesAhead, read_ahead, read_features, read_support
 from ..lab.evaluation import Truth, check_truth, evaluate
 from ..lab.tables import FINDING_METRICS, MAP_METRICS, PLACE_METRICS
 from ..methods.registry import Method, find_method, find_methods, load_detector
@@ -192,25 +192,34 @@ def stream(
     columns = [("image", "name"), *[("slice", "number")] * any(one.count > 1 for one in shown)]
     columns += [("series", "series")] * any(one.series for one in shown)
     done, places = start, range(start * batch_size, len(shown), batch_size)
+    opened = _open_ahead(self, shown, places.start, bool(show))
     for first in tqdm(places, desc="predict", unit="batch", disable=None):
-        batch = [(first + i, one, picture) for i, one in enumerate(shown[first:first + batch_size])
-                 if (picture := _opened(one, self.reader, skipped, left_out))]
+        part = enumerate(zip(shown[first:first + batch_size], opened), first)
+        batch = [(place, one, *found) for place, (one, found) in part if _is_sound(one, found, skipped, left_out)]
         done += bool(batch)
         yield _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
     reasons = [*(skipped or ()), *left_out]
     if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
 # %% ../../nbs/app/01_sdmad.ipynb #850c3de8
-def _opened(one, reader, skipped, left_out):  # `Shown` -> its picture, None where it is left out; DataError
-    try: return to_picture(one.image, one.name, one.number, reader)
-    except DataError as error:
-        if one.count > 1 and isinstance(error, EmptyImage): left_out.append(f"slice {one.number} of {error}")
-        elif skipped is None: raise
-        else: skipped.append(str(error))
+def _open_ahead(model, shown, start, keep):  # yields, for each, (its picture if it is kept, its pixels), or an error
+    reader, prepare = ImageReader(model.origin.pixels), model.detector.clip.preprocess
+    def read(place):
+        picture = to_picture(shown[place].image, shown[place].name, shown[place].number, reader)
+        return picture if keep else None, prepare(picture)
+    kinds = {one.kind for one in shown}
+    most = 0 if keep or "" in kinds else 1 if "nifti" in kinds else FilesAhead.workers
+    return read_ahead(read, range(start, len(shown)), min(most, FilesAhead.workers))
 
-def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture) of B images -> table
-    (places, shown, pictures), detector, clip = zip(*batch), model.detector, model.detector.clip
-    features = Features(clip, torch.stack([clip.preprocess(picture) for picture in pictures]))
+def _is_sound(one, found, skipped, left_out):  # `Shown`, what was read or an error -> bool; DataError
+    if not isinstance(found, Exception): return True
+    if one.count > 1 and isinstance(found, EmptyImage): left_out.append(f"slice {one.number} of {found}")
+    elif skipped is None or not isinstance(found, DataError): raise found
+    else: skipped.append(str(found))
+
+def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture, pixels) of B images -> table
+    (places, shown, pictures, pixels), detector = zip(*batch), model.detector
+    features = Features(detector.clip, torch.stack(pixels))
     if isinstance(detector, SignDetector):  # is asked three questions about these images, and encodes them once
         detector, encoded = copy(detector), detector.encode_images(features)
         detector.encode_images = lambda features: encoded
@@ -272,8 +281,8 @@ def explain(
     if number is None and isinstance(image, (str, os.PathLike)) and (count := self.reader.inspect(image).count) > 1:
         raise DataError(f"image {image} has {count} slices: name one, as number={count // 2}")
     picture, found = to_picture(image, number=number or 0, reader=self.reader), []
-    _predict_batch(self, [(0, Shown("image", image), picture)], [("image", "name")], None,
-                   lambda place, one, why: found.append(why))
+    one = 0, Shown("image", image), picture, self.detector.clip.preprocess(picture)
+    _predict_batch(self, [one], [("image", "name")], None, lambda place, one, why: found.append(why))
     return found[0]
 
 # %% ../../nbs/app/01_sdmad.ipynb #85fd7166

@@ -177,7 +177,7 @@ def _temporary(target):  # -> name of a new file beside it, "" where it is a dev
 def _remove_old(folder):  # what processes that were killed have left
     for file in folder.glob(".tmp-*"):
         with suppress(OSError):  # another process may be faster
-            if time.time() - file.stat().st_mtime > 24 * 3600: file.unlink()
+            if time.time() - file.stat().st_mtime > 3600: file.unlink()
 
 # %% ../../nbs/core/00_config.ipynb #1cf305f5
 def _line(fault):
