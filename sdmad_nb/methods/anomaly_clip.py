@@ -94,6 +94,6 @@ class PlainAnomalyClip(AnomalyClip):
     "Leave the attention as it is."
     surgery = False
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), tables=("table1",), needs=("both",))
-METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, **_ROW),
-           Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, **_ROW))
+_ROW = dict(gives=("anomaly", "anomaly_map"), needs=("both",))
+METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, tables=("table1", "fusion"), **_ROW),
+           Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, tables=("table1",), **_ROW))

@@ -97,4 +97,5 @@ class BgadDetector(LevelDetector):
         found = pixel_maps(self.clip, 1 - short.clamp(max=0).exp().mean(1))
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-METHODS = (Method("bgad", "BGAD", BgadDetector, ("anomaly", "anomaly_map"), tables=("table1",), needs=("normal",)),)
+METHODS = (Method("bgad", "BGAD", BgadDetector, ("anomaly", "anomaly_map"), tables=("table1", "fusion"),
+                  needs=("normal",)),)

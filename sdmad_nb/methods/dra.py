@@ -95,4 +95,5 @@ class DraDetector(LevelDetector):
         anomaly = scores[:, 1:].sum(1) - scores[:, 0]
         return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, found) if maps else None)
 
-METHODS = (Method("dra", "DRA", DraDetector, ("anomaly", "anomaly_map"), tables=("table1",), needs=("normal",)),)
+METHODS = (Method("dra", "DRA", DraDetector, ("anomaly", "anomaly_map"), tables=("table1", "fusion"),
+                  needs=("normal",)),)

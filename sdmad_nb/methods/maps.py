@@ -70,7 +70,7 @@ class MemoryBank(Detector):
 
 _ROW = dict(gives=("anomaly", "anomaly_map"), group="frozen")
 METHODS = (
-    Method("brightness", "Brightness", Brightness, tables=("table1", "beyond"), **_ROW),
+    Method("brightness", "Brightness", Brightness, tables=("table1",), **_ROW),
     Method("clip-map", "CLIP zero-shot", TextMap, tables=("table1", "fusion"), **_ROW),
     Method("memory-bank", "Memory bank", MemoryBank, tables=("table1",), needs=("normal",), **_ROW),
 )

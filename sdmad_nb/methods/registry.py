@@ -25,7 +25,7 @@ class Method:
     detector: type  # subclass of `Detector`
     gives: tuple = tuple(part.name for part in fields(Prediction))
     group: str = "trained"  # "trivial", "frozen" or "trained": the colour in figures
-    tables: tuple = ()  # experiments in which it is a row, such as "table2"
+    tables: tuple = ()  # in which it is a row, such as "table2"; "fusion" for Tables 1 and 2 of FusionCLIP-AD
     changes: dict = field(default_factory=dict)  # fields of `Config` that it sets
     needs: tuple = ()  # of the support set: "normal" or "both"
     oracle: bool = False  # whether it is fitted on the test set
@@ -50,8 +50,7 @@ def find_methods() -> dict:  # name -> Method; ValueError where two have one nam
     names = [module.name for module in iter_modules(import_module("sdmad_nb.methods").__path__)]
     modules = [import_module(f"sdmad_nb.methods.{name}") for name in names if name != "registry"]
     offered = [module.METHODS for module in modules if hasattr(module, "METHODS")]
-    offered.sort(key=lambda methods: methods[0].title.casefold())
-    found = [method for methods in offered for method in methods]
+    found = [method for methods in sorted(offered, key=lambda one: one[0].title.casefold()) for method in methods]
     twice = {method.name for method in found if sum(other.name == method.name for other in found) > 1}
     if twice: raise ValueError(f"more than one method is called {sorted(twice)[0]!r}: give each a name of its own")
     order = ("trivial", "frozen", "trained")
