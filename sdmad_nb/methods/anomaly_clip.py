@@ -29,7 +29,7 @@ def _glocal_loss(clip, images, patches, shots, weight=4):  # logits (K,) and (K,
     return loss + weight * (segmentation_loss(maps, masks) + normal)
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #6361a4ac
-def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and what is done with their mixture
+def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and the output projection
     attention = block.attn
     if isinstance(attention, Attention):  # timm's
         return attention.qkv(block.norm1(tokens)).chunk(3, -1)[2], lambda mixed: block.ls1(attention.proj(mixed))
@@ -37,9 +37,9 @@ def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and what i
     return F.linear(block.ln_1(tokens), weight, bias), lambda mixed: block.ls_1(attention.out_proj(mixed))
 
 def _value_attention(block, tokens):  # (B, N, W) -> (B, N, W)
-    values, finish = _open_attention(block, tokens)
+    values, project = _open_attention(block, tokens)
     split = values.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-    return finish(F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2))
+    return project(F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2))
 
 def _surgery_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W), of the second stream
     tokens = beside = clip.image.stem(pixels)

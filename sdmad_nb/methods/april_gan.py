@@ -26,8 +26,8 @@ class AprilGanDetector(FusionDetector):
         chance = text_logits(whole, self.normal, self.abnormal, self.clip.scale).sigmoid()
         return text_map, memory_map, chance, memory_map.flatten(1).amax(1)
 
-    def finish(self, tokens, shots, plain, text):
-        super().finish(tokens, shots, plain, text)
+    def set_buffers(self, tokens, shots, plain, text):
+        super().set_buffers(tokens, shots, plain, text)
         self.ranges[2] = torch.tensor([0.0, 1.0])
         self.by_map.fill_(False)
 

@@ -13,7 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from ..core.clip import patches_of, pixel_maps
 from ..core.detector import Detector, Prediction, Support, augmented, train
-from .maps import patch_memory
+from .maps import memory_bank
 from .prompt_ensembles import read_text
 
 # %% ../../nbs/methods/12_level_maps.ipynb #e920b6e8
@@ -80,7 +80,7 @@ class MapDetector(Detector):
 
     def memory_patches(self, tokens): return patches_of(self.clip, tokens)  # (B, ..., P, W)
 
-    def optimise(self, loss_of, parameters, count, finish) -> tuple:  # loss before each step
+    def optimise(self, loss_of, parameters, count, set_buffers) -> tuple:  # loss before each step
         return train(loss_of, parameters, count, self.config)
 
     @torch.no_grad()
@@ -100,15 +100,15 @@ def learn(self: MapDetector, support: Support):  # of normal and abnormal images
     shots, (text, trained) = augmented(support, self.config.augment), self.make_text()
     tokens = self.tokens(shots.features)
     loss_of = lambda rows: self.loss(tokens[rows], shots[rows], text())
-    finish = lambda: self.finish(tokens, shots, len(support), text)
-    self.history = self.optimise(loss_of, [*self.parameters(), *trained], len(shots), finish)
-    finish()
+    set_buffers = lambda: self.set_buffers(tokens, shots, len(support), text)
+    self.history = self.optimise(loss_of, [*self.parameters(), *trained], len(shots), set_buffers)
+    set_buffers()
 
 @patch
 @torch.no_grad()
-def finish(self: MapDetector, tokens, shots: Support, plain: int, text):
+def set_buffers(self: MapDetector, tokens, shots: Support, plain: int, text):
     # tokens of all shots, `plain` images first, then their variants; function that gives normal and abnormal
     self.normal, self.abnormal = text()
-    self.memory = patch_memory(self.memory_patches(tokens[shots.abnormal == 0]))
+    self.memory = memory_bank(self.memory_patches(tokens[shots.abnormal == 0]))
     self.by_map = torch.tensor(shots.masks is not None, device=self.clip.device)
     self.ranges = value_ranges(self.branches(tokens[:plain][shots.abnormal[:plain] == 1]))

@@ -53,10 +53,8 @@ class ThresholdProbe(LinearProbe):
     "Decide half-way between a finding's shots and the nearest other shot. After Radford et al. 2021"
     def learn(self, support):
         super().learn(support)
-        self.bias -= _half_way(self.logits(support.features)[:, :-1], support.labels.bool().to(self.bias.device))
-
-def _half_way(scores, has):  # (K, C), (K, C) bool -> (C,), 0 where all shots have a finding, or none
-    return shot_thresholds(scores, has) * (has.any(0) & ~has.all(0))
+        has = support.labels.bool().to(self.bias.device)  # (K, C)
+        self.bias -= shot_thresholds(self.logits(support.features)[:, :-1], has) * (has.any(0) & ~has.all(0))
 
 _GIVES = ("anomaly", "scores", "labels")
 METHODS = (Method("linear-probe", "Linear probe", LinearProbe, _GIVES, "frozen", ("table2", "table3")),

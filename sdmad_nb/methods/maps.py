@@ -20,7 +20,7 @@ def text_logits(features, normal, abnormal, scale=100.0):  # (..., P, D) any len
     return scale * (F.normalize(features, dim=-1) @ (abnormal - normal)[..., None])[..., 0]
 
 # %% ../../nbs/methods/08_maps.ipynb #01d8b1bd
-def patch_memory(patches):  # (K, ..., P, W) of K normal images -> (..., K * P, W)
+def memory_bank(patches):  # (K, ..., P, W) of K normal images -> (..., K * P, W)
     "Put the patches of all normal images into one memory. Chen et al. 2023"
     return patches.movedim(0, -3).flatten(-3, -2)
 
@@ -59,7 +59,7 @@ class MemoryBank(Detector):
     kept = {"memory": "L M W"}
     def learn(self, support):
         normal = augmented(support[support.abnormal == 0], self.config.augment)
-        self.memory = patch_memory(self._patches(normal.features))
+        self.memory = memory_bank(self._patches(normal.features))
 
     def _patches(self, features): return patches_of(self.clip, features.levels(self.config.layers))  # (B, L, P, W)
 

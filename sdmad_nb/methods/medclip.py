@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import center_crop, to_pil_image
 
 from ..core.clip import Features
 from ..core.detector import SignDetector
@@ -26,9 +26,7 @@ from .registry import Method
 _SIZE, _MEAN, _STD = 224, 0.5862785803043838, 0.27950088968644304
 
 def _prepare(picture):  # PIL image of any mode -> (3, 224, 224)
-    side = max(_SIZE, *picture.size)
-    square = Image.new("L", (side, side))
-    square.paste(picture.convert("L"), tuple((side - length) // 2 for length in picture.size))
+    square = center_crop(picture.convert("L"), max(_SIZE, *picture.size))  # pads with black
     grey = np.asarray(square.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     return ((torch.from_numpy(grey) - _MEAN) / _STD).expand(3, -1, -1)
 

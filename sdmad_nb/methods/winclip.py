@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps, run_blocks
 from ..core.detector import Prediction
-from .maps import TextMap, memory_distance, patch_memory
+from .maps import TextMap, memory_bank, memory_distance
 from .registry import Method
 
 # %% ../../nbs/methods/11_winclip.ipynb #22213956
@@ -82,8 +82,8 @@ class WinClipPlus(WinClip):
     def learn(self, support):
         super().learn(support)
         normal = support[support.abnormal == 0].features
-        self.patches = patch_memory(self._last_patches(normal))
-        for scale, found in self._windows(normal).items(): setattr(self, f"windows{scale}", patch_memory(found))
+        self.patches = memory_bank(self._last_patches(normal))
+        for scale, found in self._windows(normal).items(): setattr(self, f"windows{scale}", memory_bank(found))
 
     def _last_patches(self, features):  # -> (B, P, W)
         return self.clip.image.norm(patches_of(self.clip, features.tokens(self.clip.depth)))
