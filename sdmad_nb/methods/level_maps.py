@@ -11,7 +11,8 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from ..core.clip import patches_of, pixel_maps
+from ..core.clip import Features, patches_of, pixel_maps
+from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, Support, augmented, train
 from .maps import memory_bank
 from .prompt_ensembles import read_text
@@ -112,3 +113,14 @@ def set_buffers(self: MapDetector, tokens, shots: Support, plain: int, text):
     self.memory = memory_bank(self.memory_patches(tokens[shots.abnormal == 0]))
     self.by_map = torch.tensor(shots.masks is not None, device=self.clip.device)
     self.ranges = value_ranges(self.branches(tokens[:plain][shots.abnormal[:plain] == 1]))
+
+# %% ../../nbs/methods/12_level_maps.ipynb #b5c7a9e1
+def bright_squares(clip, count, seed=0):  # -> Support of noise images, of which every other one has a bright square
+    "Draw shots that a method learns from in seconds, for examples."
+    draw = torch_generator(seed, "toy images")
+    images, masks = 0.4 * torch.randn(count, 3, 112, 112, generator=draw), torch.zeros(count, 112, 112)
+    for number, mask in enumerate(masks):
+        y, x = torch.randint(16, 64, (2,), generator=draw)
+        mask[y:y + 24, x:x + 24] = number % 2
+    features = Features(clip, images + 1.5 * masks[:, None])
+    return Support(features, masks.amax((1, 2))[:, None], masks, torch.ones(count, dtype=torch.bool))
