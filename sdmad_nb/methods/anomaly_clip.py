@@ -15,18 +15,17 @@ from ..core.clip import patches_of, pixel_maps
 from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, augmented, train
 from .coop import LearnedPrompts, random_context
-from .level_maps import dice_loss, segmentation_loss
+from .level_maps import dice_loss, known_mask_loss, segmentation_loss
 from .maps import text_logits
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #b816c190
 def _glocal_loss(clip, images, patches, shots, weight=4):  # logits (K,) and (K, L, P), Support of K images -> scalar
+    def of_maps(maps, masks):
+        normal = sum(dice_loss((-level).sigmoid(), 1 - masks) for level in maps.unbind(1))
+        return segmentation_loss(maps, masks) + normal
     loss = F.binary_cross_entropy_with_logits(images, shots.abnormal.to(images.device))
-    if shots.masks is None or not shots.known.any(): return loss
-    known = shots.known.to(images.device)
-    maps, masks = pixel_maps(clip, patches[known]), (shots.masks.to(images.device)[known] >= 0.5).float()
-    normal = sum(dice_loss((-level).sigmoid(), 1 - masks) for level in maps.unbind(1))
-    return loss + weight * (segmentation_loss(maps, masks) + normal)
+    return loss + weight * known_mask_loss(clip, patches, shots, of_maps)
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #6361a4ac
 def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and the output projection
@@ -94,6 +93,6 @@ class PlainAnomalyClip(AnomalyClip):
     "Leave the attention as it is."
     surgery = False
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), needs=("both",))
+_ROW = dict(gives=MAPS, needs=("both",))
 METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, tables=("table1", "fusion"), **_ROW),
            Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, tables=("table1",), **_ROW))

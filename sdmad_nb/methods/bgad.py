@@ -16,7 +16,7 @@ from ..core.adapters import draw_linear
 from ..core.clip import pixel_maps
 from ..core.detector import Prediction, augmented, train
 from .dra import LevelDetector
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/19_bgad.ipynb #1a264d75
 class _Coupling(torch.nn.Module):
@@ -91,5 +91,4 @@ class BgadDetector(LevelDetector):
         found = pixel_maps(self.clip, 1 - short.clamp(max=0).exp().mean(1))
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-METHODS = (Method("bgad", "BGAD", BgadDetector, ("anomaly", "anomaly_map"), tables=("table1", "fusion"),
-                  needs=("normal",)),)
+METHODS = (Method("bgad", "BGAD", BgadDetector, MAPS, tables=("table1", "fusion"), needs=("normal",)),)

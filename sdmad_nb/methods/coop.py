@@ -16,7 +16,7 @@ from ..core.clip import check_length, token_counts
 from ..core.config import torch_generator
 from ..core.detector import train
 from .linear_probe import LogitDetector, above_normal
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/05_coop.ipynb #9e89386f
 def _make_room(clip, prefixes, suffixes, vectors):  # N texts before and N behind M vectors; "" for none
@@ -92,5 +92,5 @@ def _name_prompts(clip, signs, context):  # (1 or C + 1, M, W) first vectors -> 
     suffixes = [name.replace("_", " ") + "." for name in (*signs.categories, f"normal {signs.object}")]
     return LearnedPrompts(clip, [""] * len(suffixes), suffixes, context)
 
-METHODS = (Method("coop", "CoOp", CoOp, ("anomaly", "scores", "labels"), "frozen", ("table2", "table3"),
+METHODS = (Method("coop", "CoOp", CoOp, LABELS, "frozen", ("table2", "table3"),
                   {"learning_rate": 0.002, "batch_size": 32}),)

@@ -20,7 +20,7 @@ from .coop import LearnedPrompts, random_context
 from .level_maps import MapDetector, shot_loss
 from .maps import memory_distance, text_logits
 from .prompt_ensembles import state_signs
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/14_fusion.ipynb #d448cae8
 class LevelAdapters(torch.nn.Module):
@@ -110,7 +110,7 @@ class FusionDetector(MapDetector):
         return (weights[:, None, None] * maps).sum(1), pixel_maps(self.clip, distance), whole, distance.mean(1)
 
 # %% ../../nbs/methods/14_fusion.ipynb #8dc72708
-_ROW = dict(detector=FusionDetector, gives=("anomaly", "anomaly_map"), needs=("both",))
+_ROW = dict(detector=FusionDetector, gives=MAPS, needs=("both",))
 METHODS = (
     Method("fusion", "FusionCLIP-AD", tables=("fusion",), **_ROW),
     Method("fusion-gal", "- single fusion", changes={"paths": ("gal",)}, **_ROW),

@@ -46,11 +46,11 @@ def _label_loss(values, labels, are_logits=True):  # (B, L), (B,) 0/1 -> scalar:
     return entropy(values, labels.to(values)[:, None].expand_as(values), reduction="none").mean(0).sum()
 
 # %% ../../nbs/methods/12_level_maps.ipynb #50443685
-def known_mask_loss(clip, logits, shots):  # (K, L, P), Support of K images -> scalar, 0 where no mask is known
+def known_mask_loss(clip, logits, shots, loss=segmentation_loss):  # (K, L, P), Support of K -> scalar, 0 without masks
     "Compare maps with the masks that are known: the sum over levels, and the mean over these shots."
     if shots.masks is None or not shots.known.any(): return logits.new_zeros(())
     known = shots.known.to(logits.device)
-    return segmentation_loss(pixel_maps(clip, logits[known]), (shots.masks.to(logits.device)[known] >= 0.5).float())
+    return loss(pixel_maps(clip, logits[known]), (shots.masks.to(logits.device)[known] >= 0.5).float())
 
 def shot_loss(clip, logits, shots):  # the same; the means over shots with and without a known mask are added
     "Compare maps with masks where they are known, and with labels where not. FusionCLIP-AD, Eq. (5)-(6)"

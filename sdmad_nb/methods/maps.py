@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..core.clip import patch_features, patches_of, pixel_maps
 from ..core.detector import Detector, Prediction, augmented
 from .prompt_ensembles import read_text
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/08_maps.ipynb #5071efed
 def text_logits(features, normal, abnormal, scale=100.0):  # (..., P, D) any length; (D,) or (..., D) -> (..., P)
@@ -68,7 +68,7 @@ class MemoryBank(Detector):
         found = pixel_maps(self.clip, distance)  # (B, H, H)
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), group="frozen")
+_ROW = dict(gives=MAPS, group="frozen")
 METHODS = (
     Method("brightness", "Brightness", Brightness, tables=("table1",), **_ROW),
     Method("clip-map", "CLIP zero-shot", TextMap, tables=("table1", "fusion"), **_ROW),

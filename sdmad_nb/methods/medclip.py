@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import center_crop, to_pil_image
 from ..core.clip import Features
 from ..core.detector import SignDetector
 from ..core.signs import normal_prompts, sign_prompts
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/06_medclip.ipynb #da148b02
 _SIZE, _MEAN, _STD = 224, 0.5862785803043838, 0.27950088968644304
@@ -134,5 +134,5 @@ class MedClipDetector(SignDetector):
     def predict(self, features, maps=True): return super().predict(features, maps=False)
 
 # %% ../../nbs/methods/06_medclip.ipynb #6dfa1c83
-METHODS = (Method("medclip", "MedCLIP", MedClipDetector, gives=("anomaly", "scores", "labels"), group="frozen",
-                  tables=("table2", "table3"), changes={"selection": False}, note=_NOTE),)
+METHODS = (Method("medclip", "MedCLIP", MedClipDetector, LABELS, "frozen", ("table2", "table3"),
+                  {"selection": False}, note=_NOTE),)

@@ -21,7 +21,7 @@ from ..core.detector import predict, train
 from ..core.losses import inter_anomaly_loss
 from .level_maps import TEST_FAULTS, MapDetector, image_loss, known_mask_loss, value_ranges
 from .maps import memory_distance, text_logits
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/13_mvfa.ipynb #9b0ddb5f
 class TwinAdapter(torch.nn.Module):
@@ -134,7 +134,7 @@ def _test_score(detector):  # image AUROC, plus pixel AUROC where maps are train
     pixels = (test.masks[test.known] >= 0.5).flatten().cpu()
     return image + roc_auc_score(pixels, found.anomaly_map[test.known].flatten())
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), needs=("both",))
+_ROW = dict(gives=MAPS, needs=("both",))
 METHODS = (
     Method("mvfa", "MVFA", MvfaDetector, tables=("table1", "fusion"), **_ROW),
     Method("sd-mad-mvfa", "SD-MAD on MVFA", SignMvfaDetector, tables=("table1",), **_ROW),
