@@ -44,8 +44,8 @@ def cache_folder(*parts: str) -> Path:  # made if it is not there; PermissionErr
 
 # %% ../../nbs/data/00_0_cache.ipynb #3d497475
 def _checksum(kind, key, value):  # what was computed; name and tensor of one image
-    said = f"{kind} {key} {value.dtype} {tuple(value.shape)}".encode()
-    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(said))
+    header = f"{kind} {key} {value.dtype} {tuple(value.shape)}".encode()
+    return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(header))
 
 # %% ../../nbs/data/00_0_cache.ipynb #c64c1b1e
 class Cache:

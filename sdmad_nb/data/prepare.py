@@ -84,7 +84,7 @@ class _Entry(NamedTuple):
     place: str  # words for a message, such as "my.csv, line 3"
     source: str  # path relative to the images
     findings: tuple
-    patient: str = ""  # as the owner wrote it; "" = not said
+    patient: str = ""  # as the owner wrote it; "" = unknown
     split: str = ""
     mask: str = ""  # path relative to the images
     slice: str = ""  # number of the slice of a volume or film; "" = all

@@ -64,11 +64,7 @@ def _fill(boxes, size):  # -> (H, W) bool
 # %% ../../nbs/lab/03_localisation.ipynb #e6c1cfe9
 class Places:
     "Read where the C findings of B images are, from their masks and boxes."
-    def __init__(
-        self,
-        dataset: DataSet,
-        rows,  # B row numbers
-    ):
+    def __init__(self, dataset: DataSet, rows):  # B row numbers
         self.findings, self.labels = dataset.categories, dataset.labels[rows]  # C names, (B, C) 0/1
         self.foregrounds = [foreground(np.asarray(load_rgb(dataset.path(row)))) for row in rows]  # B of (H, W) bool
         self.masks = []  # B lists of C: (H, W) bool, or None where the image has the finding and its mask is not known

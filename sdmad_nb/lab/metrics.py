@@ -39,11 +39,7 @@ def hamming_score(
     return _measure(share, labels, predictions, weights, binary=True)
 
 # %% ../../nbs/lab/00_metrics.ipynb #7e89f609
-def subset_accuracy(
-    labels,  # (B, C) 0/1
-    predictions,  # (B, C) 0/1
-    weights=None,  # as for `hamming_score`
-) -> float:  # in [0, 1], or (R,) of them; ValueError where the tables do not fit
+def subset_accuracy(labels, predictions, weights=None) -> float:  # as for `hamming_score`
     "Measure the share of images with every category right. Section 4.1, protocol 2"
     share = lambda labels, decided, drawn: drawn @ (labels == decided).all(1) / drawn.sum(1)
     return _measure(share, labels, predictions, weights, binary=True)
@@ -81,29 +77,17 @@ def _mean_of(values):  # (C,) or (C, R) -> () or (R,), over what exists
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
-def macro_auroc(
-    labels,  # (B, C) 0/1
-    scores,  # (B, C)
-    weights=None,  # as for `hamming_score`
-) -> float:  # in [0, 1], or (R,) of them; NaN where no category has both positives and negatives
+def macro_auroc(labels, scores, weights=None) -> float:  # or (R,), as for `category_auroc`; NaN where that has no value
     "Average the AUROC over the categories that have one. Table 3, Avg."
     return _mean_of(category_auroc(labels, scores, weights))
 
 # %% ../../nbs/lab/00_metrics.ipynb #3b106f39
-def mean_average_precision(
-    labels,  # (B, C) 0/1
-    scores,  # (B, C)
-    weights=None,  # as for `hamming_score`
-) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
+def mean_average_precision(labels, scores, weights=None) -> float:  # as for `macro_auroc`; NaN without any positive
     "Average the average precision over the categories that have positives."
     return _mean_of(_measure(partial(_ranked, ap_from_counts), labels, scores, weights, binary=False))
 
 # %% ../../nbs/lab/00_metrics.ipynb #9bf18c74
-def macro_f1(
-    labels,  # (B, C) 0/1
-    predictions,  # (B, C) 0/1
-    weights=None,  # as for `hamming_score`
-) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
+def macro_f1(labels, predictions, weights=None) -> float:  # as for `hamming_score`; NaN where no category has positives
     "Average F1 over the categories that have positives."
     def each(labels, decided, drawn):  # -> (C, R)
         hits, wrong, there = (drawn @ kind for kind in (labels & decided, labels ^ decided, labels))  # (R, C)

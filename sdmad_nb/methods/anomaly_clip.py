@@ -15,21 +15,20 @@ from ..core.clip import patches_of, pixel_maps
 from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, augmented, train
 from .coop import LearnedPrompts, random_context
-from .level_maps import dice_loss, segmentation_loss
+from .level_maps import dice_loss, known_mask_loss, segmentation_loss
 from .maps import text_logits
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #b816c190
 def _glocal_loss(clip, images, patches, shots, weight=4):  # logits (K,) and (K, L, P), Support of K images -> scalar
+    def of_maps(maps, masks):
+        normal = sum(dice_loss((-level).sigmoid(), 1 - masks) for level in maps.unbind(1))
+        return segmentation_loss(maps, masks) + normal
     loss = F.binary_cross_entropy_with_logits(images, shots.abnormal.to(images.device))
-    if shots.masks is None or not shots.known.any(): return loss
-    known = shots.known.to(images.device)
-    maps, masks = pixel_maps(clip, patches[known]), (shots.masks.to(images.device)[known] >= 0.5).float()
-    normal = sum(dice_loss((-level).sigmoid(), 1 - masks) for level in maps.unbind(1))
-    return loss + weight * (segmentation_loss(maps, masks) + normal)
+    return loss + weight * known_mask_loss(clip, patches, shots, of_maps)
 
 # %% ../../nbs/methods/20_anomaly_clip.ipynb #6361a4ac
-def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and what is done with their mixture
+def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and the output projection
     attention = block.attn
     if isinstance(attention, Attention):  # timm's
         return attention.qkv(block.norm1(tokens)).chunk(3, -1)[2], lambda mixed: block.ls1(attention.proj(mixed))
@@ -37,9 +36,9 @@ def _open_attention(block, tokens):  # (B, N, W) -> values (B, N, W), and what i
     return F.linear(block.ln_1(tokens), weight, bias), lambda mixed: block.ls_1(attention.out_proj(mixed))
 
 def _value_attention(block, tokens):  # (B, N, W) -> (B, N, W)
-    values, finish = _open_attention(block, tokens)
+    values, project = _open_attention(block, tokens)
     split = values.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-    return finish(F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2))
+    return project(F.scaled_dot_product_attention(split, split, split).transpose(1, 2).flatten(2))
 
 def _surgery_levels(clip, pixels, blocks):  # (B, 3, H, H) -> (B, L, N, W), of the second stream
     tokens = beside = clip.image.stem(pixels)
@@ -94,6 +93,6 @@ class PlainAnomalyClip(AnomalyClip):
     "Leave the attention as it is."
     surgery = False
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), tables=("table1",), needs=("both",))
-METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, **_ROW),
-           Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, **_ROW))
+_ROW = dict(gives=MAPS, needs=("both",))
+METHODS = (Method("anomaly-clip", "AnomalyCLIP (few-shot)", AnomalyClip, tables=("table1", "fusion"), **_ROW),
+           Method("anomaly-clip-plain", "- without surgery", PlainAnomalyClip, tables=("table1",), **_ROW))

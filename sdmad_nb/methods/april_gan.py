@@ -12,7 +12,7 @@ from ..core.clip import image_features
 from .fusion import FusionDetector
 from .level_maps import MapDetector
 from .maps import text_logits
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/15_april_gan.ipynb #450e53f5
 class AprilGanDetector(FusionDetector):
@@ -26,10 +26,10 @@ class AprilGanDetector(FusionDetector):
         chance = text_logits(whole, self.normal, self.abnormal, self.clip.scale).sigmoid()
         return text_map, memory_map, chance, memory_map.flatten(1).amax(1)
 
-    def finish(self, tokens, shots, plain, text):
-        super().finish(tokens, shots, plain, text)
+    def set_buffers(self, tokens, shots, plain, text):
+        super().set_buffers(tokens, shots, plain, text)
         self.ranges[2] = torch.tensor([0.0, 1.0])
         self.by_map.fill_(False)
 
-METHODS = (Method("april-gan", "APRIL-GAN", AprilGanDetector, ("anomaly", "anomaly_map"), tables=("fusion",),
-                  changes={"paths": ("loc",)}, needs=("both",)),)
+METHODS = (Method("april-gan", "APRIL-GAN", AprilGanDetector, MAPS, tables=("fusion",), changes={"paths": ("loc",)},
+                  needs=("both",)),)

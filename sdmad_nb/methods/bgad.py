@@ -9,13 +9,14 @@ __all__ = []
 import math
 
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch.nn import functional as F
 
 from ..core.adapters import draw_linear
 from ..core.clip import pixel_maps
 from ..core.detector import Prediction, augmented, train
 from .dra import LevelDetector
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/19_bgad.ipynb #1a264d75
 class _Coupling(torch.nn.Module):
@@ -47,13 +48,6 @@ class _Flow(torch.nn.Module):
             volume = volume + more
         return (volume - x.square().sum(-1) / 2) / x.shape[-1] - math.log(2 * math.pi) / 2
 
-# %% ../../nbs/methods/19_bgad.ipynb #be3aad7e
-def _place_codes(grid, width=128):  # rows and columns -> (P, width), patches row by row
-    rates = 1e4 ** (-torch.arange(width // 4) * 4 / width)
-    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    angles = torch.cat([axis.flatten()[:, None] * rates for axis in (rows, columns)], dim=1)  # (P, width / 2)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
 # %% ../../nbs/methods/19_bgad.ipynb #afd5bb49
 def _boundary_loss(likelihood, abnormal, beta=0.05, tau=0.1, scale=10):  # any shape; of the same shape, bool -> scalar
     normal, other = likelihood[~abnormal], likelihood[abnormal] / scale
@@ -76,7 +70,7 @@ class BgadDetector(LevelDetector):
     kept = {"highest": "L"}  # log-likelihood among the normal training patches
     def __init__(self, clip, signs, config):
         super().__init__(clip, signs, config)
-        self.places = _place_codes(clip.grid).to(clip.device)
+        self.places = build_sincos2d_pos_embed(clip.grid, 128, device=clip.device)  # (P, 128)
         self.flows = self.each_level(lambda draw: _Flow(clip.image.width, self.places.shape[1], draw))
 
     def likelihoods(self, patches):  # (B, L, P, W) -> (B, L, P)
@@ -97,4 +91,4 @@ class BgadDetector(LevelDetector):
         found = pixel_maps(self.clip, 1 - short.clamp(max=0).exp().mean(1))
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-METHODS = (Method("bgad", "BGAD", BgadDetector, ("anomaly", "anomaly_map"), tables=("table1",), needs=("normal",)),)
+METHODS = (Method("bgad", "BGAD", BgadDetector, MAPS, tables=("table1", "fusion"), needs=("normal",)),)

@@ -16,7 +16,7 @@ from ..core.clip import check_length, token_counts
 from ..core.config import torch_generator
 from ..core.detector import train
 from .linear_probe import LogitDetector, above_normal
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/05_coop.ipynb #9e89386f
 def _make_room(clip, prefixes, suffixes, vectors):  # N texts before and N behind M vectors; "" for none
@@ -39,10 +39,8 @@ class LearnedPrompts(torch.nn.Module):
         # N texts before and N behind the vectors (G, M, W); N numbers in [0, G), None needs G = 1 or G = N
         super().__init__()
         (groups, vectors, _), count = context.shape, len(prefixes)
-        if sets is None and groups not in (1, count):
-            raise ValueError(f"there are {groups} sets of vectors for {count} sentences: say in `sets` which has which")
         token_ids, places = _make_room(clip, prefixes, suffixes, vectors)
-        sets = torch.arange(count) % groups if sets is None else torch.as_tensor(sets)
+        sets = torch.arange(groups).expand(count) if sets is None else torch.as_tensor(sets)
         self.text, self.context = clip.text, torch.nn.Parameter(context.detach().clone())
         with torch.no_grad(): fixed = clip.text.embed(token_ids.to(clip.device))  # (N, L, W)
         columns = places[:, None] + torch.arange(vectors)  # (N, M)
@@ -94,5 +92,5 @@ def _name_prompts(clip, signs, context):  # (1 or C + 1, M, W) first vectors -> 
     suffixes = [name.replace("_", " ") + "." for name in (*signs.categories, f"normal {signs.object}")]
     return LearnedPrompts(clip, [""] * len(suffixes), suffixes, context)
 
-METHODS = (Method("coop", "CoOp", CoOp, ("anomaly", "scores", "labels"), "frozen", ("table2", "table3"),
+METHODS = (Method("coop", "CoOp", CoOp, LABELS, "frozen", ("table2", "table3"),
                   {"learning_rate": 0.002, "batch_size": 32}),)

@@ -13,7 +13,7 @@ from ..core.adapters import draw_linear
 from ..core.clip import Features, patches_of, pixel_maps
 from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, augmented, train
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/18_dra.ipynb #2d3da009
 class _Heads(torch.nn.Module):
@@ -95,4 +95,4 @@ class DraDetector(LevelDetector):
         anomaly = scores[:, 1:].sum(1) - scores[:, 0]
         return Prediction(anomaly, anomaly_map=pixel_maps(self.clip, found) if maps else None)
 
-METHODS = (Method("dra", "DRA", DraDetector, ("anomaly", "anomaly_map"), tables=("table1",), needs=("normal",)),)
+METHODS = (Method("dra", "DRA", DraDetector, MAPS, tables=("table1", "fusion"), needs=("normal",)),)

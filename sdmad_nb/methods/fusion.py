@@ -20,7 +20,7 @@ from .coop import LearnedPrompts, random_context
 from .level_maps import MapDetector, shot_loss
 from .maps import memory_distance, text_logits
 from .prompt_ensembles import state_signs
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/14_fusion.ipynb #d448cae8
 class LevelAdapters(torch.nn.Module):
@@ -110,13 +110,10 @@ class FusionDetector(MapDetector):
         return (weights[:, None, None] * maps).sum(1), pixel_maps(self.clip, distance), whole, distance.mean(1)
 
 # %% ../../nbs/methods/14_fusion.ipynb #8dc72708
-def _row(name, title, *tables, **changes):
-    return Method(name, title, FusionDetector, ("anomaly", "anomaly_map"), tables=("fusion", *tables),
-                  changes=changes, needs=("both",))
-
+_ROW = dict(detector=FusionDetector, gives=MAPS, needs=("both",))
 METHODS = (
-    _row("fusion", "FusionCLIP-AD", "beyond"),
-    _row("fusion-gal", "- single fusion", paths=("gal",)),
-    _row("fusion-loc", "- single patch", paths=("loc",)),
-    _row("fusion-fixed", "- fixed prompt", prompt_length=0),
+    Method("fusion", "FusionCLIP-AD", tables=("fusion",), **_ROW),
+    Method("fusion-gal", "- single fusion", changes={"paths": ("gal",)}, **_ROW),
+    Method("fusion-loc", "- single patch", changes={"paths": ("loc",)}, **_ROW),
+    Method("fusion-fixed", "- fixed prompt", changes={"prompt_length": 0}, **_ROW),
 )

@@ -11,9 +11,10 @@ from fastcore.basics import patch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-from ..core.clip import patches_of, pixel_maps
+from ..core.clip import Features, patches_of, pixel_maps
+from ..core.config import torch_generator
 from ..core.detector import Detector, Prediction, Support, augmented, train
-from .maps import patch_memory
+from .maps import memory_bank
 from .prompt_ensembles import read_text
 
 # %% ../../nbs/methods/12_level_maps.ipynb #e920b6e8
@@ -45,11 +46,11 @@ def _label_loss(values, labels, are_logits=True):  # (B, L), (B,) 0/1 -> scalar:
     return entropy(values, labels.to(values)[:, None].expand_as(values), reduction="none").mean(0).sum()
 
 # %% ../../nbs/methods/12_level_maps.ipynb #50443685
-def known_mask_loss(clip, logits, shots):  # (K, L, P), Support of K images -> scalar, 0 where no mask is known
+def known_mask_loss(clip, logits, shots, loss=segmentation_loss):  # (K, L, P), Support of K -> scalar, 0 without masks
     "Compare maps with the masks that are known: the sum over levels, and the mean over these shots."
     if shots.masks is None or not shots.known.any(): return logits.new_zeros(())
     known = shots.known.to(logits.device)
-    return segmentation_loss(pixel_maps(clip, logits[known]), (shots.masks.to(logits.device)[known] >= 0.5).float())
+    return loss(pixel_maps(clip, logits[known]), (shots.masks.to(logits.device)[known] >= 0.5).float())
 
 def shot_loss(clip, logits, shots):  # the same; the means over shots with and without a known mask are added
     "Compare maps with masks where they are known, and with labels where not. FusionCLIP-AD, Eq. (5)-(6)"
@@ -80,7 +81,7 @@ class MapDetector(Detector):
 
     def memory_patches(self, tokens): return patches_of(self.clip, tokens)  # (B, ..., P, W)
 
-    def optimise(self, loss_of, parameters, count, finish) -> tuple:  # loss before each step
+    def optimise(self, loss_of, parameters, count, set_buffers) -> tuple:  # loss before each step
         return train(loss_of, parameters, count, self.config)
 
     @torch.no_grad()
@@ -100,15 +101,26 @@ def learn(self: MapDetector, support: Support):  # of normal and abnormal images
     shots, (text, trained) = augmented(support, self.config.augment), self.make_text()
     tokens = self.tokens(shots.features)
     loss_of = lambda rows: self.loss(tokens[rows], shots[rows], text())
-    finish = lambda: self.finish(tokens, shots, len(support), text)
-    self.history = self.optimise(loss_of, [*self.parameters(), *trained], len(shots), finish)
-    finish()
+    set_buffers = lambda: self.set_buffers(tokens, shots, len(support), text)
+    self.history = self.optimise(loss_of, [*self.parameters(), *trained], len(shots), set_buffers)
+    set_buffers()
 
 @patch
 @torch.no_grad()
-def finish(self: MapDetector, tokens, shots: Support, plain: int, text):
+def set_buffers(self: MapDetector, tokens, shots: Support, plain: int, text):
     # tokens of all shots, `plain` images first, then their variants; function that gives normal and abnormal
     self.normal, self.abnormal = text()
-    self.memory = patch_memory(self.memory_patches(tokens[shots.abnormal == 0]))
+    self.memory = memory_bank(self.memory_patches(tokens[shots.abnormal == 0]))
     self.by_map = torch.tensor(shots.masks is not None, device=self.clip.device)
     self.ranges = value_ranges(self.branches(tokens[:plain][shots.abnormal[:plain] == 1]))
+
+# %% ../../nbs/methods/12_level_maps.ipynb #b5c7a9e1
+def bright_squares(clip, count, seed=0):  # -> Support of noise images, of which every other one has a bright square
+    "Draw shots that a method learns from in seconds, for examples."
+    draw = torch_generator(seed, "toy images")
+    images, masks = 0.4 * torch.randn(count, 3, 112, 112, generator=draw), torch.zeros(count, 112, 112)
+    for number, mask in enumerate(masks):
+        y, x = torch.randint(16, 64, (2,), generator=draw)
+        mask[y:y + 24, x:x + 24] = number % 2
+    features = Features(clip, images + 1.5 * masks[:, None])
+    return Support(features, masks.amax((1, 2))[:, None], masks, torch.ones(count, dtype=torch.bool))

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from ..core.clip import Features
 from ..core.decisions import shot_thresholds
 from ..core.detector import Detector, Prediction
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/03_linear_probe.ipynb #4b872ad8
 class LogitDetector(Detector):
@@ -53,11 +53,8 @@ class ThresholdProbe(LinearProbe):
     "Decide half-way between a finding's shots and the nearest other shot. After Radford et al. 2021"
     def learn(self, support):
         super().learn(support)
-        self.bias -= _half_way(self.logits(support.features)[:, :-1], support.labels.bool().to(self.bias.device))
+        has = support.labels.bool().to(self.bias.device)  # (K, C)
+        self.bias -= shot_thresholds(self.logits(support.features)[:, :-1], has) * (has.any(0) & ~has.all(0))
 
-def _half_way(scores, has):  # (K, C), (K, C) bool -> (C,), 0 where all shots have a finding, or none
-    return shot_thresholds(scores, has) * (has.any(0) & ~has.all(0))
-
-_GIVES = ("anomaly", "scores", "labels")
-METHODS = (Method("linear-probe", "Linear probe", LinearProbe, _GIVES, "frozen", ("table2", "table3")),
-           Method("linear-probe-threshold", "Linear probe (threshold)", ThresholdProbe, _GIVES, "frozen", ("table2",)))
+METHODS = (Method("linear-probe", "Linear probe", LinearProbe, LABELS, "frozen", ("table2", "table3")),
+           Method("linear-probe-threshold", "Linear probe (threshold)", ThresholdProbe, LABELS, "frozen", ("table2",)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..core.clip import patch_features, patches_of, pixel_maps
 from ..core.detector import Detector, Prediction, augmented
 from .prompt_ensembles import read_text
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/08_maps.ipynb #5071efed
 def text_logits(features, normal, abnormal, scale=100.0):  # (..., P, D) any length; (D,) or (..., D) -> (..., P)
@@ -20,7 +20,7 @@ def text_logits(features, normal, abnormal, scale=100.0):  # (..., P, D) any len
     return scale * (F.normalize(features, dim=-1) @ (abnormal - normal)[..., None])[..., 0]
 
 # %% ../../nbs/methods/08_maps.ipynb #01d8b1bd
-def patch_memory(patches):  # (K, ..., P, W) of K normal images -> (..., K * P, W)
+def memory_bank(patches):  # (K, ..., P, W) of K normal images -> (..., K * P, W)
     "Put the patches of all normal images into one memory. Chen et al. 2023"
     return patches.movedim(0, -3).flatten(-3, -2)
 
@@ -59,7 +59,7 @@ class MemoryBank(Detector):
     kept = {"memory": "L M W"}
     def learn(self, support):
         normal = augmented(support[support.abnormal == 0], self.config.augment)
-        self.memory = patch_memory(self._patches(normal.features))
+        self.memory = memory_bank(self._patches(normal.features))
 
     def _patches(self, features): return patches_of(self.clip, features.levels(self.config.layers))  # (B, L, P, W)
 
@@ -68,9 +68,9 @@ class MemoryBank(Detector):
         found = pixel_maps(self.clip, distance)  # (B, H, H)
         return Prediction(found.flatten(1).amax(1), anomaly_map=found if maps else None)
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), group="frozen")
+_ROW = dict(gives=MAPS, group="frozen")
 METHODS = (
-    Method("brightness", "Brightness", Brightness, tables=("table1", "beyond"), **_ROW),
+    Method("brightness", "Brightness", Brightness, tables=("table1",), **_ROW),
     Method("clip-map", "CLIP zero-shot", TextMap, tables=("table1", "fusion"), **_ROW),
     Method("memory-bank", "Memory bank", MemoryBank, tables=("table1",), needs=("normal",), **_ROW),
 )

@@ -15,20 +15,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import center_crop, to_pil_image
 
 from ..core.clip import Features
 from ..core.detector import SignDetector
 from ..core.signs import normal_prompts, sign_prompts
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/06_medclip.ipynb #da148b02
 _SIZE, _MEAN, _STD = 224, 0.5862785803043838, 0.27950088968644304
 
 def _prepare(picture):  # PIL image of any mode -> (3, 224, 224)
-    side = max(_SIZE, *picture.size)
-    square = Image.new("L", (side, side))
-    square.paste(picture.convert("L"), tuple((side - length) // 2 for length in picture.size))
+    square = center_crop(picture.convert("L"), max(_SIZE, *picture.size))  # pads with black
     grey = np.asarray(square.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     return ((torch.from_numpy(grey) - _MEAN) / _STD).expand(3, -1, -1)
 
@@ -136,5 +134,5 @@ class MedClipDetector(SignDetector):
     def predict(self, features, maps=True): return super().predict(features, maps=False)
 
 # %% ../../nbs/methods/06_medclip.ipynb #6dfa1c83
-METHODS = (Method("medclip", "MedCLIP", MedClipDetector, gives=("anomaly", "scores", "labels"), group="frozen",
-                  tables=("table2", "table3"), changes={"selection": False}, note=_NOTE),)
+METHODS = (Method("medclip", "MedCLIP", MedClipDetector, LABELS, "frozen", ("table2", "table3"),
+                  {"selection": False}, note=_NOTE),)

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from ..core.adapters import draw_linear
 from ..core.clip import Features, encode_prompts, patches_of, pixel_maps, run_blocks, text_features
-from ..core.config import torch_generator
+from ..core.config import _FAULTS, torch_generator
 from ..core.detector import predict, train
 from ..core.losses import inter_anomaly_loss
 from .level_maps import TEST_FAULTS, MapDetector, image_loss, known_mask_loss, value_ranges
 from .maps import memory_distance, text_logits
-from .registry import Method
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/13_mvfa.ipynb #9b0ddb5f
 class TwinAdapter(torch.nn.Module):
@@ -107,20 +107,20 @@ class ReleasedMvfaDetector(MvfaDetector):
         self.test = None
 
     @torch.no_grad()
-    def finish(self, tokens, shots, plain, text):
-        super().finish(tokens, shots, plain, text)
+    def set_buffers(self, tokens, shots, plain, text):
+        super().set_buffers(tokens, shots, plain, text)
         if "test-set-min-max" not in self.config.mvfa_faults: return
         each = [value_ranges(self.branches(self.tokens(part))) for part in self.test.features.batches()]
         low, high = torch.stack(each).unbind(2)  # (batches, 4) each
         self.ranges = torch.stack([low.amin(0), high.amax(0)], dim=1)
 
-    def optimise(self, loss_of, parameters, count, finish):
+    def optimise(self, loss_of, parameters, count, set_buffers):
         if "best-epoch-on-test" not in self.config.mvfa_faults: return train(loss_of, parameters, count, self.config)
         optimiser = torch.optim.Adam(parameters, self.config.learning_rate, betas=self.config.betas)
         history, best, kept, once = (), float("-inf"), None, replace(self.config, epochs=1)
         for epoch in range(self.config.epochs):
             history += train(loss_of, parameters, count, once, optimiser, stream=("batches", str(epoch)))
-            finish()
+            set_buffers()
             score = _test_score(self)
             if score > best: best, kept = score, deepcopy(self.state_dict())
         if kept: self.load_state_dict(kept)
@@ -134,11 +134,10 @@ def _test_score(detector):  # image AUROC, plus pixel AUROC where maps are train
     pixels = (test.masks[test.known] >= 0.5).flatten().cpu()
     return image + roc_auc_score(pixels, found.anomaly_map[test.known].flatten())
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), needs=("both",))
-METHOD_FAULTS = ("logits-of-probabilities", "no-clip-normalisation", "class-token-in-memory")
+_ROW = dict(gives=MAPS, needs=("both",))
 METHODS = (
     Method("mvfa", "MVFA", MvfaDetector, tables=("table1", "fusion"), **_ROW),
     Method("sd-mad-mvfa", "SD-MAD on MVFA", SignMvfaDetector, tables=("table1",), **_ROW),
     Method("mvfa-as-released", "MVFA (as released, oracle)", ReleasedMvfaDetector,
-           changes={"mvfa_faults": METHOD_FAULTS + TEST_FAULTS}, oracle=True, **_ROW),
+           changes={"mvfa_faults": _FAULTS}, oracle=True, **_ROW),
 )

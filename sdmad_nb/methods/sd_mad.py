@@ -15,11 +15,11 @@ from ..core.signs import SignSet
 from .registry import Method
 
 # %% ../../nbs/methods/17_sd_mad.ipynb #127c528d
-_TABLES = ("table2", "table3", "parts")
+_TABLES = ("table2", "table3")
 METHODS = (
     Method("sd-mad-no-ss", "SD-MAD (no SS)", AdaptedDetector, tables=_TABLES, changes={"selection": False}),
     Method("sd-mad", "SD-MAD", AdaptedDetector, tables=_TABLES, changes={"selection": True}),
-    Method("sd-mad-unmixed", "SD-MAD, unmixed", AdaptedDetector, tables=("table2", "table3"),
+    Method("sd-mad-unmixed", "SD-MAD, unmixed", AdaptedDetector, tables=_TABLES,
            changes={"selection": True, "reading": "unmixed"}),
     Method("sd-mad-mean-sign", "SD-MAD, mean sign", AdaptedDetector,
            changes={"selection": True, "reading": "unmixed", "ridge": 1e3}),

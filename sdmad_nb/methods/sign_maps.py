@@ -89,4 +89,4 @@ def learn(self: SignMapDetector, support):
     self.history = train(loss_of, self.parameters(), len(shots), self.config)
     self.read_shots(support)
 
-METHODS = (Method("sign-maps", "SD-MAD's signs on FusionCLIP-AD", SignMapDetector, tables=("beyond",)),)
+METHODS = (Method("sign-maps", "SD-MAD's signs on FusionCLIP-AD", SignMapDetector),)

@@ -13,7 +13,7 @@ from ..core.clip import encode_prompts, text_features
 from ..core.detector import train
 from ..core.scores import category_scores
 from .linear_probe import LogitDetector, above_normal
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/04_tip_adapter.ipynb #81343588
 def _look_up(images, keys, labels, alpha=1.0, beta=5.5):  # (B, D) unit norm, (K, D), (K, C) 0/1 -> (B, C + 1)
@@ -50,7 +50,7 @@ class TipAdapterF(TipAdapter):
         self.history = train(loss_of, [keys], len(shots), self.config, optimiser)
         self.keys = keys.detach()
 
-_ROW = dict(gives=("anomaly", "scores", "labels"), group="frozen", tables=("table2", "table3"))
+_ROW = dict(gives=LABELS, group="frozen", tables=("table2", "table3"))
 METHODS = (
     Method("tip-adapter", "Tip-Adapter", TipAdapter, **_ROW),
     Method("tip-adapter-f", "Tip-Adapter-F", TipAdapterF, **_ROW,

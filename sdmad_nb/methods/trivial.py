@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..core.detector import Detector, Prediction
-from .registry import Method
+from .registry import LABELS, Method
 
 # %% ../../nbs/methods/01_trivial.ipynb #6f8cad9c
 def best_constant(labels) -> np.ndarray:  # (N, C) 0/1 -> (C,) bool
@@ -46,10 +46,9 @@ class F1Oracle(ConstantDetector):
     "Give every image all findings of the test set."
     def learn(self, support, test): self.answer = test.labels.any(0).to(self.clip.device)
 
-_GIVES = ("anomaly", "scores", "labels")
 METHODS = (
-    Method("nothing", "Nothing", NothingDetector, _GIVES, "trivial", ("table2",)),
-    Method("constant-shots", "Constant (shots)", ConstantDetector, _GIVES, "trivial", ("table2",)),
-    *(Method(name, f"Constant (oracle: {metric})", kind, _GIVES, "trivial", ("table2",), oracle=True)
+    Method("nothing", "Nothing", NothingDetector, LABELS, "trivial", ("table2",)),
+    Method("constant-shots", "Constant (shots)", ConstantDetector, LABELS, "trivial", ("table2",)),
+    *(Method(name, f"Constant (oracle: {metric})", kind, LABELS, "trivial", ("table2",), oracle=True)
       for name, metric, kind in (("constant-oracle", "subset accuracy", OracleDetector),
                                  ("hamming-oracle", "Hamming", HammingOracle), ("f1-oracle", "macro-F1", F1Oracle))))

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ..core.clip import patches_of, pixel_maps, run_blocks
 from ..core.detector import Prediction
-from .maps import TextMap, memory_distance, patch_memory
-from .registry import Method
+from .maps import TextMap, memory_bank, memory_distance
+from .registry import MAPS, Method
 
 # %% ../../nbs/methods/11_winclip.ipynb #22213956
 def _window_patches(grid, scale):  # -> (V, scale * scale) patch numbers, row by row
@@ -82,8 +82,8 @@ class WinClipPlus(WinClip):
     def learn(self, support):
         super().learn(support)
         normal = support[support.abnormal == 0].features
-        self.patches = patch_memory(self._last_patches(normal))
-        for scale, found in self._windows(normal).items(): setattr(self, f"windows{scale}", patch_memory(found))
+        self.patches = memory_bank(self._last_patches(normal))
+        for scale, found in self._windows(normal).items(): setattr(self, f"windows{scale}", memory_bank(found))
 
     def _last_patches(self, features):  # -> (B, P, W)
         return self.clip.image.norm(patches_of(self.clip, features.tokens(self.clip.depth)))
@@ -98,6 +98,6 @@ class WinClipPlus(WinClip):
         anomaly_map = pixel_maps(self.clip, (found + distance) / 2) if maps else None
         return Prediction((image + distance.amax(1)) / 2, anomaly_map=anomaly_map)
 
-_ROW = dict(gives=("anomaly", "anomaly_map"), group="frozen", tables=("fusion",))
+_ROW = dict(gives=MAPS, group="frozen", tables=("fusion",))
 METHODS = (Method("winclip", "WinCLIP", WinClip, **_ROW),
            Method("winclip-plus", "WinCLIP+", WinClipPlus, needs=("normal",), **_ROW))

@@ -11,9 +11,8 @@ from .registry import Method
 
 # %% ../../nbs/methods/02_zero_shot.ipynb #03b576b0
 METHODS = (
-    Method("clip", "CLIP", SignDetector, group="frozen", tables=("table2", "table3", "parts"),
-           changes={"selection": False}),
-    Method("clip-ss", "CLIP + SS", SignDetector, group="frozen", tables=("parts",), changes={"selection": True}),
+    Method("clip", "CLIP", SignDetector, group="frozen", tables=("table2", "table3"), changes={"selection": False}),
+    Method("clip-ss", "CLIP + SS", SignDetector, group="frozen", changes={"selection": True}),
     Method("clip-unmixed", "CLIP, unmixed", SignDetector, group="frozen", tables=("table2", "table3"),
            changes={"selection": False, "reading": "unmixed"}),
     Method("clip-mean-sign", "CLIP, mean sign", SignDetector, group="frozen",
