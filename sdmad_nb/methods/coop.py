@@ -40,7 +40,9 @@ class LearnedPrompts(torch.nn.Module):
         super().__init__()
         (groups, vectors, _), count = context.shape, len(prefixes)
         token_ids, places = _make_room(clip, prefixes, suffixes, vectors)
-        sets = torch.arange(groups).expand(count) if sets is None else torch.as_tensor(sets)
+        if sets is None and groups not in (1, count):
+            raise ValueError(f"there are {groups} sets of vectors for {count} sentences: say in `sets` which has which")
+        sets = torch.arange(count) % groups if sets is None else torch.as_tensor(sets)
         self.text, self.context = clip.text, torch.nn.Parameter(context.detach().clone())
         with torch.no_grad(): fixed = clip.text.embed(token_ids.to(clip.device))  # (N, L, W)
         columns = places[:, None] + torch.arange(vectors)  # (N, M)
