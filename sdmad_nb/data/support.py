@@ -31,7 +31,7 @@ def read_ahead(
     "Call a function for many rows, in several processes before its values are asked for."
     alone, values = workers < 1 or len(rows) < 64 or multiprocessing.current_process().daemon, _Values(read)
     if alone: return map(values.__getitem__, rows)
-    shared = dict(num_workers=workers, prefetch_factor=16, multiprocessing_context="fork")
+    shared = dict(num_workers=workers, prefetch_factor=4, multiprocessing_context="fork")
     return iter(DataLoader(values, None, sampler=rows, **shared))
 
 class _Values:  # what the processes share; an error travels as a value, or its message would be a traceback
