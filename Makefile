@@ -67,12 +67,13 @@ SMALLER = $(BIN)/python -c 'import sys; from PIL import Image; picture = Image.o
 # The tables and pictures of the README and of the results page: made from the records of these runs, never typed
 BESIDE = parts beyond decisions losses calibration
 SMALL = table1 table2 table3 fusion_table1 fusion_table2 fusion_table3
-PICTURES = fig1/demo-slice5:fig1 fig3/demo-slice5:fig3 fig4/demo-slice5-signs:fig4-signs \
+DRAWN = fig3/demo-slice5:fig3 fig4/demo-slice5-signs:fig4-signs
+PICTURES = fig1/demo-slice5:fig1 $(DRAWN) $(DRAWN:%=small/%-small) \
 	fig4/demo-slice5-where:fig4-where table1/demo-slice5-maps:table1-maps table2/demo-slice5:table2 \
 	table2/demo-slice5-images:table2-images decisions/decisions:decisions calibration/demo-slice5:calibration
 figures: tables fusion
 	for name in $(BESIDE); do $(RUN) nbs/run_$$name.ipynb || exit 1; done
-	for name in $(SMALL); do $(RUN) nbs/run_$$name.ipynb -p backbone small -p results results/small || exit 1; done
+	for name in $(SMALL) fig3 fig4; do $(RUN) nbs/run_$$name.ipynb -p backbone small -p results results/small || exit 1; done
 	mkdir -p nbs/figures
 	for name in table1 table2 table3 fusion_table1 fusion_table2 fusion_table3 $(BESIDE); do \
 	  cp results/$$name/table.md nbs/figures/$$(echo $$name | tr _ -).md || exit 1; done
