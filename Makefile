@@ -37,7 +37,7 @@ table2: $(STAMP)
 # Exports in sync, nbdev_test on each library notebook, papermill -p smoke True on each experiment:
 # tests/test_notebooks.py, tests/test_experiments.py
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TESTERS) --dist loadgroup tests
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile tests
 
 # Runs are shared: Table 3 reads the records that Table 2 has made, and a second `make tables` reads all of them.
 # A quick look: make tables SLICES=5 SMOKE=True RESULTS=folder

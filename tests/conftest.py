@@ -30,12 +30,15 @@ def fresh_torch():
     if "torch" in sys.modules: sys.modules["torch"].set_default_dtype(sys.modules["torch"].float32)
 
 
-@pytest.hookimpl(tryfirst=True)  # before `pytest -n --dist loadgroup` reads the groups
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "A file's tests share what its fixtures make, so one process takes all; library notebooks fill the gaps one by one."
-    for item in items:
-        if getattr(item, "originalname", "") != "test_library_notebook":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Gaps(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "::test_library_notebook[" in nodeid else super()._split_scope(nodeid)
+    return Gaps(config, log)
 
 
 def notebook_name(path): return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()  # such as tutorials/1_one_image

