@@ -100,7 +100,7 @@ def _as_csv(table, header=True):  # -> text
 def _write_texts(texts, target):  # file name, or an open file
     from sdmad_nb.core.config import write_atomically
     def write_file(path):
-        with path.open("w", encoding="utf-8", newline="") as file: file.writelines(texts)
+        with path.open("w", buffering=1, encoding="utf-8", newline="") as file: file.writelines(texts)
     if isinstance(target, str): write_atomically(target, write_file)
     else: target.writelines(texts)
 
@@ -163,10 +163,10 @@ def _predict(
         from sdmad_nb.app.pictures import list_images
         from sdmad_nb.app.sdmad import SDMAD
         fitted = SDMAD.load(model, pretrained, device, backbone)
+        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
         _tell(fitted.notes)
         shown, rest = list_images(images, fitted.reader, skipped)
         left_out = [f"{name} is no image" for name in rest]
-        digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
         file = _unfinished(shown, fitted.detector.clip, [digest, batch_size, skip_bad, calibrated, heatmaps])
         maps = _HeatMaps(fitted, Path(heatmaps), file) if heatmaps else None
         _write_texts(_going_on(fitted, file, shown, batch_size, calibrated, skipped, left_out, maps), target)

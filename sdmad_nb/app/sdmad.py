@@ -197,7 +197,9 @@ def stream(
         part = enumerate(zip(shown[first:first + batch_size], opened), first)
         batch = [(place, one, *found) for place, (one, found) in part if _is_sound(one, found, skipped, left_out)]
         done += bool(batch)
-        yield _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
+        table = _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
+        del batch  # what other processes have read lies in shared memory, of which there may be little
+        yield table
     reasons = [*(skipped or ()), *left_out]
     if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
@@ -207,8 +209,8 @@ def _open_ahead(model, shown, start, keep):  # yields, for each, (its picture if
     def read(place):
         picture = to_picture(shown[place].image, shown[place].name, shown[place].number, reader)
         return picture if keep else None, prepare(picture)
-    kinds = {one.kind for one in shown}
-    most = 0 if keep or "" in kinds else 1 if "nifti" in kinds else FilesAhead.workers
+    here = keep or any(not isinstance(one.image, (str, os.PathLike)) for one in shown)
+    most = 0 if here else 1 if any(one.kind == "nifti" for one in shown) else FilesAhead.workers
     return read_ahead(read, range(start, len(shown)), min(most, FilesAhead.workers))
 
 def _is_sound(one, found, skipped, left_out):  # `Shown`, what was read or an error -> bool; DataError

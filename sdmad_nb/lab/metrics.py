@@ -77,7 +77,7 @@ def _mean_of(values):  # (C,) or (C, R) -> () or (R,), over what exists
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
-def macro_auroc(labels, scores, weights=None) -> float:  # or (R,), as for `category_auroc`; NaN where that has no value
+def macro_auroc(labels, scores, weights=None) -> float:  # or (R,), as for `category_auroc`; NaN if no category has one
     "Average the AUROC over the categories that have one. Table 3, Avg."
     return _mean_of(category_auroc(labels, scores, weights))
 

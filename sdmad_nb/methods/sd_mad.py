@@ -29,15 +29,15 @@ METHODS = (
 def fit_once(
     method: Method,
     support: Support,
-    clip: Clip, signs: SignSet, config: Config,
-    shots,  # a name for all that is learned from: images, labels and signs
+    clip: Clip, signs: SignSet, config: Config,  # as for `Method.fit`
+    learned_from,  # a name for images, labels and signs, which can be compared
     trained: dict,  # what was trained before, by what it was trained on; more is added to it
     **oracle,  # of an oracle: `test`
-) -> Detector:  # what `method.fit` gives
+) -> Detector:  # what `method.fit` gives; ValueError where that raises one
     "Fit a method, and train SD-MAD once for all of its readings."
     if method.detector is not AdaptedDetector: return method.fit(support, clip, signs, config, **oracle)
     config = method.configure(config)
-    same = shots, replace(config, selection=True, reading="best-sign", ridge=1.0)
+    same = learned_from, replace(config, selection=True, reading="best-sign", ridge=1.0)
     if same not in trained: return trained.setdefault(same, method.fit(support, clip, signs, config))
     detector, first = AdaptedDetector(clip, signs, config), trained[same]
     detector.method, detector.adapters, detector.history = method.name, first.adapters, first.history
