@@ -197,9 +197,7 @@ def stream(
         part = enumerate(zip(shown[first:first + batch_size], opened), first)
         batch = [(place, one, *found) for place, (one, found) in part if _is_sound(one, found, skipped, left_out)]
         done += bool(batch)
-        table = _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
-        del batch  # what other processes have read lies in shared memory, of which there may be little
-        yield table
+        yield _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
     reasons = [*(skipped or ()), *left_out]
     if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
@@ -221,6 +219,7 @@ def _is_sound(one, found, skipped, left_out):  # `Shown`, what was read or an er
 
 def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture, pixels) of B images -> table
     (places, shown, pictures, pixels), detector = zip(*batch), model.detector
+    batch.clear()  # what other processes have read lies in shared memory, of which there may be little
     features = Features(detector.clip, torch.stack(pixels))
     if isinstance(detector, SignDetector):  # is asked three questions about these images, and encodes them once
         detector, encoded = copy(detector), detector.encode_images(features)
