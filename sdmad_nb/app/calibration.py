@@ -36,7 +36,7 @@ def left_out_margins(
     count, margins = len(support), np.empty(support.labels.shape)
     parts = np.array_split(numpy_generator(config.seed, "folds").permutation(count), min(folds or count, count))
     others = [np.setdiff1d(np.arange(count), rows) for rows in parts]
-    _check(method, support, others)
+    _check_shots(method, support, others)
     with TemporaryDirectory() as folder:  # what is frozen is computed once for all fits
         clip = replace(support.features.clip, cache=Cache(folder))
         support = replace(support, features=Features(clip, support.features.images, support.features.rows))
@@ -45,7 +45,7 @@ def left_out_margins(
             margins[rows] = detector.margins(support.features[rows]).detach().cpu().numpy()
     return margins
 
-def _check(method, support, others):  # ValueError
+def _check_shots(method, support, others):  # ValueError
     if "scores" not in method.gives:
         raise ValueError(f"{method.title} gives no scores of findings to calibrate: leave sensitivity unset")
     if len(support) < 2: raise ValueError("calibration leaves out images in turn: give at least two labelled images")

@@ -100,7 +100,7 @@ def _as_csv(table, header=True):  # -> text
 def _write_texts(texts, target):  # file name, or an open file
     from sdmad_nb.core.config import write_atomically
     def write_file(path):
-        with path.open("w", buffering=1, encoding="utf-8", newline="") as file: file.writelines(texts)
+        with path.open("w", encoding="utf-8", newline="") as file: file.writelines(texts)
     if isinstance(target, str): write_atomically(target, write_file)
     else: target.writelines(texts)
 

@@ -22,7 +22,7 @@ _OPTIONS = (
     (1, "rest", "--engine --autosave-cell-every -k --kernel -l --language --cwd --stdout-file --stderr-file "
                 "--log-level --start-timeout --start_timeout --execution-timeout"))
 
-def _read(words):  # -> paths, parameters as lists of words; nothing where no run is asked for, or a word is missing
+def _parse(words):  # -> paths, parameters as lists of words; nothing where no run is asked for, or a word is missing
     if {"-h", "--help", "--help-notebook", "--version"} & {*words}: return [], []
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("paths", nargs="*")
@@ -51,7 +51,7 @@ def _output(notebook, typed):  # path, parameters as lists of words -> path of t
 
 # %% ../../nbs/app/04_papermill_engine.ipynb #32b30be9
 def _complete(words, terminal=False):  # -> the words and what was left out; SystemExit where there is no folder
-    (paths, typed), named = _read(words), {word.partition("=")[0] for word in words}
+    (paths, typed), named = _parse(words), {word.partition("=")[0] for word in words}
     if not paths or not _is_experiment(paths[0]): return list(words)
     words = [*words, *["--engine", "sdmad_nb"] * ("--engine" not in named)]
     if len(paths) > 1: return words

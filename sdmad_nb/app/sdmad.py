@@ -195,15 +195,15 @@ def stream(
     opened = _open_ahead(self, shown, places.start, bool(show))
     for first in tqdm(places, desc="predict", unit="batch", disable=None):
         part = enumerate(zip(shown[first:first + batch_size], opened), first)
-        batch = [(place, one, *found) for place, (one, found) in part if _is_sound(one, found, skipped, left_out)]
-        done += bool(batch)
-        yield _predict_batch(self, batch, columns, calibration, show) if batch else pd.DataFrame()
+        table = _predict_batch(self, [*_sound(part, skipped, left_out)], columns, calibration, show)
+        done += len(table)
+        yield table
     reasons = [*(skipped or ()), *left_out]
     if not done: raise DataError(f"there is no image to predict{f': {reasons[0]}' if reasons else ''}")
 
 # %% ../../nbs/app/01_sdmad.ipynb #850c3de8
 def _open_ahead(model, shown, start, keep):  # yields, for each, (its picture if it is kept, its pixels), or an error
-    reader, prepare = ImageReader(model.origin.pixels), model.detector.clip.preprocess
+    reader, prepare = model.reader, model.detector.clip.preprocess
     def read(place):
         picture = to_picture(shown[place].image, shown[place].name, shown[place].number, reader)
         return picture if keep else None, prepare(picture)
@@ -211,15 +211,16 @@ def _open_ahead(model, shown, start, keep):  # yields, for each, (its picture if
     most = 0 if here else 1 if any(one.kind == "nifti" for one in shown) else FilesAhead.workers
     return read_ahead(read, range(start, len(shown)), min(most, FilesAhead.workers))
 
-def _is_sound(one, found, skipped, left_out):  # `Shown`, what was read or an error -> bool; DataError
-    if not isinstance(found, Exception): return True
-    if one.count > 1 and isinstance(found, EmptyImage): left_out.append(f"slice {one.number} of {found}")
-    elif skipped is None or not isinstance(found, DataError): raise found
-    else: skipped.append(str(found))
+def _sound(part, skipped, left_out):  # of (place, (`Shown`, what was read or an error)) yields the sound; DataError
+    for place, (one, found) in part:
+        if not isinstance(found, Exception): yield place, one, *found
+        elif one.count > 1 and isinstance(found, EmptyImage): left_out.append(f"slice {one.number} of {found}")
+        elif skipped is None or not isinstance(found, DataError): raise found
+        else: skipped.append(str(found))
 
 def _predict_batch(model, batch, columns, calibration, show):  # (place, `Shown`, picture, pixels) of B images -> table
+    if not batch: return pd.DataFrame()
     (places, shown, pictures, pixels), detector = zip(*batch), model.detector
-    batch.clear()  # what other processes have read lies in shared memory, of which there may be little
     features = Features(detector.clip, torch.stack(pixels))
     if isinstance(detector, SignDetector):  # is asked three questions about these images, and encodes them once
         detector, encoded = copy(detector), detector.encode_images(features)

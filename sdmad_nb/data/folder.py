@@ -257,19 +257,19 @@ def read_preparation(folder) -> dict:  # state, settings and, when finished, cou
         record = json.loads(path.read_text(encoding="utf-8"))
         return {**record, "settings": dict(record["settings"])}
 
-def _pixels(folder):  # -> how a preparation made the images; as they come where there was none; DataError
+def _read_pixels(folder):  # -> how a preparation made the images; as they come where there was none; DataError
     if not (folder / RECORD).is_file(): return Pixels()
     kept = read_preparation(folder)["settings"].get("pixels", {})
     with reading(str(folder / RECORD), "has no choice of pixels", "prepare the folder again"): return Pixels(**kept)
 
 # %% ../../nbs/data/00_folder.ipynb #54d5bd71
-def _inspect(folder, signs, progress, partial):  # -> DataSet; DataError
+def _read_checked(folder, signs, progress, partial):  # -> DataSet; DataError
     folder = Path(os.path.expanduser(os.fspath(folder).replace("\0", "?"))).resolve()  # no name has a zero byte
     if not os.path.isdir(folder):
         raise DataError("there is no such folder: give one that holds labels.csv and images/, or use the demo")
     if os.path.isfile(folder / RECORD) and not os.path.exists(folder / "labels.csv"):
         raise DataError("its preparation has not finished: run the same command again, it goes on where it stopped")
-    pixels, (table, categories, faults) = _pixels(folder), _read_labels(folder, partial)
+    pixels, (table, categories, faults) = _read_pixels(folder), _read_labels(folder, partial)
     rows = [*zip(table["image"], table["mask"])]
     checked = in_threads(lambda row: check_row(folder, *row), rows, f"checking {folder.name}", progress)
     faults += _copies(table, checked) + [(line, text) for line, row in zip(table.index, checked) for text in row.faults]
@@ -292,7 +292,7 @@ def read_dataset(
     partial: bool = False,  # a test set, in which some findings may never occur
 ) -> DataSet:  # DataError with all faults where there are any
     "Check a data-set folder whole and read its labels."
-    try: return _inspect(folder, signs, progress, partial)
+    try: return _read_checked(folder, signs, progress, partial)
     except DataError as error: raise DataError(f"the data set {folder} cannot be used", error.faults) from error
 
 def validate(folder, signs=None, progress=True) -> list:  # as for `read_dataset`; sentences with file, line, remedy

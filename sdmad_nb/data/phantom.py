@@ -299,7 +299,7 @@ def _boxes(mask):  # (H, W) bool -> list of (x, y, width, height) in pixels
     pieces = ndimage.find_objects(ndimage.label(mask, np.ones((3, 3)))[0])  # diagonal neighbours belong together
     return [(x.start, y.start, x.stop - x.start, y.stop - y.start) for y, x in pieces]
 
-def _write_image(row, seed, folder):  # -> rows of boxes.csv
+def _write_slice(row, seed, folder):  # -> rows of boxes.csv
     name, (image, masks) = row["name"], _draw_image(row, seed)
     pictures = {f"masks/{name}__{finding.lower().replace(' ', '_')}": mask for finding, mask in masks.items()}
     if masks: pictures[f"masks/{name}"] = np.any(list(masks.values()), axis=0)
@@ -309,7 +309,7 @@ def _write_image(row, seed, folder):  # -> rows of boxes.csv
 
 def _write_demo(folder, rows, seed, jobs):
     for name in ("images", "masks"): (folder / name).mkdir(parents=True)
-    written = Parallel(jobs, return_as="generator")(delayed(_write_image)(row, seed, folder) for row in rows)
+    written = Parallel(jobs, return_as="generator")(delayed(_write_slice)(row, seed, folder) for row in rows)
     written = tqdm(written, f"demo images, slice {seed[0]}", len(rows), unit="image")
     boxes = [box for boxes in written for box in boxes]
     present = [name for name in CATEGORIES if any(name in row["findings"] for row in rows)]

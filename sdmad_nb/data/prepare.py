@@ -203,7 +203,7 @@ def _owner(entry, info, patient):  # patient: regular expression -> what names t
     found = re.search(patient, entry.source) if patient else None
     return entry.patient or (found and found[1]) or info.patient or entry.source
 
-def _rows(images, entry, info, owner, reader, salt, wanted=()):  # the images that one entry becomes
+def _image_rows(images, entry, info, owner, reader, salt, wanted=()):  # the images that one entry becomes
     kept = reader.stored_name(entry.source) if info.kind == "picture" else entry.source + ".png"
     name = re.sub(r"(\.nii)?(\.gz)?\.png$", ".png", kept)
     if salt: name = _pseudonym(entry.source, salt) + Path(kept).suffix
@@ -279,7 +279,7 @@ def own_folder(
     salt = (salt or folder.secret(secrets.token_hex(16))) if scans else ""
     owners = [_owner(entry, infos[entry.source], patient) for entry in sound]
     rows = [row for entry, owner in zip(sound, owners)
-            for row in _rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)]
+            for row in _image_rows(images, entry, infos[entry.source], owner, reader, salt, layout.slices)]
     for note in _notes(sound, infos, owners, categories, rest := _unused(images, entries)): print(note)
     left_out = {"files that are not used": rest, "files that cannot be opened": broken}
     hide = partial(_hidden, sorted({*_names(entries), *rest}, key=len, reverse=True), salt)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/lab/00_metrics.ipynb #aaf2e535
-def _measure(form, labels, outputs, weights, binary):  # function of labels, outputs and weights -> (..., R), or (...)
+def _weighted(form, labels, outputs, weights, binary):  # function of labels, outputs and weights -> (..., R), or (...)
     labels, outputs = (values.detach().cpu().double().numpy() if torch.is_tensor(values) else np.asarray(values)
                        for values in (labels, outputs))
     if labels.ndim != 2 or 0 in labels.shape or labels.shape != outputs.shape:
@@ -36,13 +36,17 @@ def hamming_score(
 ) -> float:  # in [0, 1], or (R,) of them; ValueError where the tables do not fit
     "Measure the share of right decisions over all images and categories. Section 4.1, protocol 2"
     share = lambda labels, decided, drawn: drawn @ (labels == decided).mean(1) / drawn.sum(1)
-    return _measure(share, labels, predictions, weights, binary=True)
+    return _weighted(share, labels, predictions, weights, binary=True)
 
 # %% ../../nbs/lab/00_metrics.ipynb #7e89f609
-def subset_accuracy(labels, predictions, weights=None) -> float:  # as for `hamming_score`
+def subset_accuracy(
+    labels,  # (B, C) 0/1
+    predictions,  # (B, C) 0/1
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; ValueError where the tables do not fit
     "Measure the share of images with every category right. Section 4.1, protocol 2"
     share = lambda labels, decided, drawn: drawn @ (labels == decided).all(1) / drawn.sum(1)
-    return _measure(share, labels, predictions, weights, binary=True)
+    return _weighted(share, labels, predictions, weights, binary=True)
 
 # %% ../../nbs/lab/00_metrics.ipynb #5ebc0e5a
 def auroc_from_counts(positives, negatives):  # (..., n) per bin, in the order of falling scores -> (...), or NaN
@@ -70,26 +74,38 @@ def category_auroc(
     weights=None,  # as for `hamming_score`
 ) -> np.ndarray:  # (C,) in [0, 1], or (C, R); NaN for a category without positives or without negatives
     "Rank each category's positives against its negatives. Section 4.1, protocol 3"
-    return _measure(partial(_ranked, auroc_from_counts), labels, scores, weights, binary=False)
+    return _weighted(partial(_ranked, auroc_from_counts), labels, scores, weights, binary=False)
 
 # %% ../../nbs/lab/00_metrics.ipynb #b286ebb9
 def _mean_of(values):  # (C,) or (C, R) -> () or (R,), over what exists
     known = ~np.isnan(values)
     return np.where(known, values, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
-def macro_auroc(labels, scores, weights=None) -> float:  # or (R,), as for `category_auroc`; NaN if no category has one
+def macro_auroc(
+    labels,  # (B, C) 0/1
+    scores,  # (B, C)
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has both positives and negatives
     "Average the AUROC over the categories that have one. Table 3, Avg."
     return _mean_of(category_auroc(labels, scores, weights))
 
 # %% ../../nbs/lab/00_metrics.ipynb #3b106f39
-def mean_average_precision(labels, scores, weights=None) -> float:  # as for `macro_auroc`; NaN without any positive
+def mean_average_precision(
+    labels,  # (B, C) 0/1
+    scores,  # (B, C)
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
     "Average the average precision over the categories that have positives."
-    return _mean_of(_measure(partial(_ranked, ap_from_counts), labels, scores, weights, binary=False))
+    return _mean_of(_weighted(partial(_ranked, ap_from_counts), labels, scores, weights, binary=False))
 
 # %% ../../nbs/lab/00_metrics.ipynb #9bf18c74
-def macro_f1(labels, predictions, weights=None) -> float:  # as for `hamming_score`; NaN where no category has positives
+def macro_f1(
+    labels,  # (B, C) 0/1
+    predictions,  # (B, C) 0/1
+    weights=None,  # as for `hamming_score`
+) -> float:  # in [0, 1], or (R,) of them; NaN where no category has positives
     "Average F1 over the categories that have positives."
     def each(labels, decided, drawn):  # -> (C, R)
         hits, wrong, there = (drawn @ kind for kind in (labels & decided, labels ^ decided, labels))  # (R, C)
         return (2 * hits / np.where(there > 0, 2 * hits + wrong, np.nan)).T
-    return _mean_of(_measure(each, labels, predictions, weights, binary=True))
+    return _mean_of(_weighted(each, labels, predictions, weights, binary=True))

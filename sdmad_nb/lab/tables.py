@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINDING_METRICS', 'MAP_METRICS', 'PLACE_METRICS', 'mean_std_table', 'metric_table', 'interval_table',
-           'compare_methods', 'winners_summary', 'significance_summary', 'write_tables', 'paper_table']
+           'compare_methods', 'winners_summary', 'significance_summary', 'agreement', 'write_tables', 'paper_table']
 
 # %% ../../nbs/lab/07_tables.ipynb #f3f5a0e6
 from importlib.resources import files
@@ -133,6 +133,14 @@ def significance_summary(compared: pd.DataFrame) -> str:  # one sentence; from `
     named = "; ".join(f"{pair} ({gains})" for pair, gains in told.items())
     return (f"Of {len(tested)} tested differences {len(sure) or 'none'} {'is' if len(sure) == 1 else 'are'} below 5 % "
             f"after correction{f': {named}' * bool(named)}.")
+
+# %% ../../nbs/lab/07_tables.ipynb #a9e00002
+def agreement(
+    differences: pd.Series,  # in points, one for each draw, seed or patient; NaN where one is missing
+) -> str:  # such as "+4.6 (2/3)"; "not defined" where all are missing
+    "Give the mean of a few differences, and how many of them have its sign."
+    known = differences.dropna()
+    return f"{known.mean():+.1f} ({(known * known.mean() > 0).sum()}/{len(known)})" if len(known) else "not defined"
 
 # %% ../../nbs/lab/07_tables.ipynb #df308ae1
 def _merge(path, long):  # path of an earlier table.csv -> its other data sets of the same setting, and `long`

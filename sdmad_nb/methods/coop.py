@@ -19,7 +19,7 @@ from .linear_probe import LogitDetector, above_normal
 from .registry import LABELS, Method
 
 # %% ../../nbs/methods/05_coop.ipynb #9e89386f
-def _make_room(clip, prefixes, suffixes, vectors):  # N texts before and N behind M vectors; "" for none
+def _leave_room(clip, prefixes, suffixes, vectors):  # N texts before and N behind M vectors; "" for none
     # -> token ids (N, L), and where the vectors begin (N,); ValueError where vectors cannot be put into the sentences
     sentences = [f"{prefix} {suffix}".strip() for prefix, suffix in zip(prefixes, suffixes, strict=True)]
     token_ids = clip.tokenizer(sentences)
@@ -39,7 +39,7 @@ class LearnedPrompts(torch.nn.Module):
         # N texts before and N behind the vectors (G, M, W); N numbers in [0, G), None needs G = 1 or G = N
         super().__init__()
         (groups, vectors, _), count = context.shape, len(prefixes)
-        token_ids, places = _make_room(clip, prefixes, suffixes, vectors)
+        token_ids, places = _leave_room(clip, prefixes, suffixes, vectors)
         if sets is None and groups not in (1, count):
             raise ValueError(f"there are {groups} sets of vectors for {count} sentences: say in `sets` which has which")
         sets = torch.arange(count) % groups if sets is None else torch.as_tensor(sets)

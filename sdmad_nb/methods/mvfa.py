@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.adapters import draw_linear
 from ..core.clip import Features, encode_prompts, patches_of, pixel_maps, run_blocks, text_features
-from ..core.config import _FAULTS, torch_generator
+from ..core.config import MVFA_FAULTS, torch_generator
 from ..core.detector import predict, train
 from ..core.losses import inter_anomaly_loss
 from .level_maps import TEST_FAULTS, MapDetector, image_loss, known_mask_loss, value_ranges
@@ -139,5 +139,5 @@ METHODS = (
     Method("mvfa", "MVFA", MvfaDetector, tables=("table1", "fusion"), **_ROW),
     Method("sd-mad-mvfa", "SD-MAD on MVFA", SignMvfaDetector, tables=("table1",), **_ROW),
     Method("mvfa-as-released", "MVFA (as released, oracle)", ReleasedMvfaDetector,
-           changes={"mvfa_faults": _FAULTS}, oracle=True, **_ROW),
+           changes={"mvfa_faults": MVFA_FAULTS}, oracle=True, **_ROW),
 )

@@ -72,7 +72,11 @@ def methods_of(table: str) -> list:  # names of methods, in the order of their r
     "List the methods of one table."
     return [name for name, method in find_methods().items() if table in method.tables]
 
-def load_detector(path, clip: Clip, header: dict = None) -> Detector:  # as for `load` in `core/07_detector`
+def load_detector(
+    path,  # from `save`
+    clip: Clip,  # the one it was fitted on
+    header: dict = None,  # from `read_header`, where the file has been read already
+) -> Detector:  # ValueError for a foreign or damaged file, or another CLIP
     "Read a fitted detector of any method."
     header = header or read_header(path)
     try: kind = find_method(header["method"]).detector
