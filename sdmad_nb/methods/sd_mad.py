@@ -38,7 +38,19 @@ def fit_once(
     if method.detector is not AdaptedDetector: return method.fit(support, clip, signs, config, **oracle)
     config = method.configure(config)
     same = learned_from, replace(config, selection=True, reading="best-sign", ridge=1.0)
-    if same not in trained: return trained.setdefault(same, method.fit(support, clip, signs, config))
+    if same not in trained:
+        first = trained[same] = method.fit(support, clip, signs, config)
+        first.encode_images = _once(first.encode_images)
+        return first
     detector, first = AdaptedDetector(clip, signs, config), trained[same]
-    detector.method, detector.adapters, detector.history = method.name, first.adapters, first.history
+    detector.method, detector.history = method.name, first.history
+    detector.adapters, detector.encode_images = first.adapters, first.encode_images
     return detector.read_signs().read_shots(support)
+
+def _once(encode):  # function of Features -> the same, which gives again what it gave for the same image files
+    known = {}
+    def encode_once(features):
+        if not hasattr(features.images, "key"): return encode(features)
+        names = tuple(map(features.images.key, features.rows))
+        return known[names] if names in known else known.setdefault(names, encode(features))
+    return encode_once
