@@ -54,11 +54,9 @@ def _texts(*names):  # fields that may stand in braces
         if "{sign}" in names and "{sign}" not in text: raise ValueError("write {sign} where the description belongs")
         return text
     def different(texts):
-        seen = set()
-        for text in texts:
-            plain = " ".join(text.casefold().split())
-            if plain in seen: raise ValueError(f"remove {text!r}, which repeats an earlier entry")
-            seen.add(plain)
+        plain = [" ".join(text.casefold().split()) for text in texts]
+        for row, text in enumerate(texts):
+            if plain[row] in plain[:row]: raise ValueError(f"remove {text!r}, which repeats an earlier entry")
         return texts
     text = Annotated[str, Field(min_length=1), AfterValidator(sound)]
     return text, Annotated[tuple[text, ...], Field(min_length=1), AfterValidator(different)]

@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
@@ -112,15 +113,19 @@ def record_path(folder, dataset, method, shots, seed, variant=""):  # variant: w
 # %% ../../nbs/lab/05_records.ipynb #a62a61a4
 def _code_behind(module, found):  # name, {name: syntax tree without docstrings} -> the same, with all that it imports
     if module in found or module.count(".") != 2: return found  # the package and its folders have no code
-    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf-8"))
+    path = Path(find_spec(module).origin)
+    found[module], imports = _read_code(path, path.stat().st_mtime_ns)
+    for name in imports: _code_behind(resolve_name(name, module.rpartition(".")[0]), found)
+    return found
+
+@cache  # as long as the file stays as it is
+def _read_code(path, changed):  # -> syntax tree without docstrings, relative names of modules that it imports
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(getattr(body[0], "value", None), ast.Constant): body.pop(0)
-    found[module] = ast.dump(tree)
-    for node in imports:
-        _code_behind(resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0]), found)
-    return found
+    return ast.dump(tree), ["." * node.level + (node.module or "") for node in imports]
 
 def code_fingerprint(
     *modules: str,  # such as "sdmad_nb.methods.fusion"
