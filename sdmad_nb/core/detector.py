@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .adapters import make_adapters
 from .clip import (Clip, Features, encode_prompts, image_features, patch_features, pixel_maps,
-                                run_blocks, text_features)
+                                text_features)
 from .config import Config, config_to_dict, resolve_layers, torch_generator, write_atomically
 from .decisions import shot_thresholds, unmixed_weights
 from .losses import anchor_loss, image_text_loss, inter_anomaly_loss
@@ -153,12 +153,9 @@ def encode_images(self: SignDetector, features: Features) -> torch.Tensor:  # (B
 
 @patch
 @torch.no_grad()
-def encode_both(self: SignDetector, features: Features) -> tuple:  # images (B, D) and their patches (B, P, D)
-    clip, last = self.clip, self.clip.depth
-    if not self.adapters: return features.image_features(), patch_features(clip, features.tokens(last), last)
-    first = self.adapters.first
-    tokens = run_blocks(clip, features.tokens(first), first, last, self.adapters.image)
-    return image_features(clip, tokens, last), patch_features(clip, tokens, last)
+def encode_patches(self: SignDetector, features: Features) -> torch.Tensor:  # (B, P, D)
+    first, adapters = (self.adapters.first, self.adapters.image) if self.adapters else (self.clip.depth, None)
+    return patch_features(self.clip, features.tokens(first), first, adapters)
 
 # %% ../../nbs/core/07_detector.ipynb #8ef783cc
 @patch
@@ -182,10 +179,10 @@ def _weigh(detector, images):  # -> unmixed weights of the findings (B, C) and o
 
 @patch
 def predict(self: SignDetector, features: Features, maps: bool = True) -> Prediction:
-    images, patches = self.encode_both(features) if maps else (self.encode_images(features), None)
-    signs = self.sign_features, self.category
+    images, signs = self.encode_images(features), (self.sign_features, self.category)
     anomaly = anomaly_score(images, *signs, self.anchor, self.keep)
     if not maps: return Prediction(anomaly, *self.read(images))
+    patches = self.encode_patches(features)
     margins = category_margins(patches.flatten(0, 1), *signs, self.anchor, self.keep)  # (B * P, C)
     finding_maps = pixel_maps(self.clip, margins.unflatten(0, patches.shape[:2]).mT)  # (B, C, H, H)
     return Prediction(anomaly, *self.read(images), finding_maps.amax(1), finding_maps)
@@ -201,7 +198,7 @@ def margins(self: SignDetector, features: Features) -> torch.Tensor:  # (B, C): 
 
 @patch
 def sign_maps(self: SignDetector, features: Features) -> torch.Tensor:  # (B, kept, rows, columns)
-    _, patches = self.encode_both(features)
+    patches = self.encode_patches(features)
     fits = sign_margins(patches.flatten(0, 1), self.sign_features[self.keep], self.anchor)
     return fits.unflatten(0, patches.shape[:2]).mT.unflatten(2, self.clip.grid)
 

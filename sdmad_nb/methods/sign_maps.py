@@ -50,7 +50,7 @@ class SignMapDetector(SignDetector):
     def encode_images(self, features): return self.encode(features.levels(self.blocks))[0]
 
     @torch.no_grad()
-    def encode_both(self, features): return self.encode(features.levels(self.blocks))[:2]
+    def encode_patches(self, features): return self.encode(features.levels(self.blocks))[1]
 
 # %% ../../nbs/methods/16_sign_maps.ipynb #cd2834dd
 def _pool_patches(features, margins, weights, sharpness=20.0):  # tau; 0 takes the mean
